@@ -12,19 +12,19 @@ from .config import Config
 from .errors import AllaprimaError
 
 if TYPE_CHECKING:
-    from .explain import explain
+    from .explanation import explain
     from .pipelines import load, optimize, rebind, restore
-    from .verify import verify
+    from .verification import verify
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "explain": "explain",
+    "explain": "explanation",
     "load": "pipelines",
     "optimize": "pipelines",
     "rebind": "pipelines",
     "restore": "pipelines",
-    "verify": "verify",
+    "verify": "verification",
 }
 
 __all__ = ["AllaprimaError", "Config", "explain", "load", "optimize", "rebind", "restore", "verify"]
@@ -33,7 +33,6 @@ __all__ = ["AllaprimaError", "Config", "explain", "load", "optimize", "rebind", 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'allaprima' has no attribute {name!r}")
-    # `allaprima.explain` and `allaprima.verify` are both a module and its main function: the function wins.
     value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value
