@@ -1,0 +1,64 @@
+# The README's two commands are `make demo` and `make test`.  Each makes .venv when it is missing or out of date.
+#
+#   PYTHON       the interpreter that makes .venv                           make demo PYTHON=python3.12
+#   TORCH        another torch requirement                                  make demo TORCH='torch==2.12.*'
+#   TORCH_INDEX  the package index to take torch from.  PyPI's torch for Linux brings 3 GB of CUDA libraries;
+#                a machine without a GPU can save them:
+#                    make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+ifeq ($(shell nvidia-smi -L >/dev/null 2>&1 && echo yes),yes)
+TORCH ?= torch==2.11.*
+EXTRAS ?= cpu,cuda,dev
+else
+TORCH ?= torch==2.13.0
+EXTRAS ?= cpu,dev
+endif
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH) $(TORCH_INDEX) $(EXTRAS)' | cksum | cut -d ' ' -f 1)
+
+.PHONY: demo test prove lint bench clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    draw a sheet of pictures, optimized beside eager, and verify them"
+	@echo "make test    ruff, mypy and samples of every test (what CI runs)"
+	@echo "make prove   the full tests and benchmarks, written to benchmarks/"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   the speed of the embedded model, side by side"
+
+demo: $(INSTALLED)
+	$(BIN)/python -m allaprima.demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+# Every number of the README comes from a file that one of these commands wrote under benchmarks/.
+prove: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/allaprima bench
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/allaprima bench
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch goes first and by itself, so that nothing after it picks another build.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "allaprima needs Python 3.11 or later; choose one with PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { echo "No virtual environment could be made: on Debian, apt-get install python3-venv"; exit 1; }
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(PIP) install --quiet --editable '.[$(EXTRAS)]'
+	@rm -f $(VENV)/.installed-* && touch $@
