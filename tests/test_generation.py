@@ -1,0 +1,257 @@
+"""Pictures for the command line: sizes, seeds, batches, tasks, files and what goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from allaprima import generation
+from allaprima.errors import InputError, NumericsError, OutOfMemoryError, SizeError
+from allaprima.generation import Picture, Request, Settings, check_size, draw, parse_size, save, settle
+from allaprima.infotext import Infotext, read_png
+from tests import stand_ins
+
+FAST = Request(("a red apple",), steps=2, size=(64, 64), seed=5)
+
+
+@pytest.fixture
+def pipelines(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> stand_ins.Pipelines:
+    module = stand_ins.Pipelines(tiny_pipe)
+    stand_ins.install(monkeypatch, module)
+    return module
+
+
+def pictures(pipelines: stand_ins.Pipelines, request: Request, **options: Any) -> list[Picture]:
+    settings = settle(request, pipelines.pipe, "tiny")
+    return list(draw(pipelines.pipe, request, settings, **options))
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+
+
+# ---- what may be asked
+
+
+@given(st.integers(8, 256).map(lambda n: 8 * n), st.integers(8, 256).map(lambda n: 8 * n))
+def test_every_multiple_of_8_from_64_to_2048_is_a_size(width: int, height: int) -> None:
+    assert parse_size(f"{width}x{height}") == (width, height)
+
+
+@given(st.integers(-10, 5000), st.integers(-10, 5000))
+def test_every_other_size_names_the_nearest_that_can_be_drawn(width: int, height: int) -> None:
+    if all(n % 8 == 0 and 64 <= n <= 2048 for n in (width, height)):
+        return
+    with pytest.raises(SizeError) as caught:
+        check_size(width, height)
+    near = str(caught.value).rpartition(" ")[2].rstrip(".")
+    assert parse_size(near)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("250x192", "248x192"),
+        ("100x100", "96x96"),
+        ("32x64", "64x64"),
+        ("4096x64", "2048x64"),
+        ("big", "256x192"),
+        ("x", "WIDTH"),
+    ],
+)
+def test_a_wrong_size_is_explained(text: str, said: str) -> None:
+    with pytest.raises(SizeError, match=said):
+        parse_size(text)
+
+
+def test_a_square_can_be_given_by_one_number() -> None:
+    assert parse_size("128") == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompts": ()}, "No prompt"),
+        ({"prompts": (3,)}, "not int"),
+        ({"prompts": ("bad \udcff",)}, "UTF-8"),
+        ({"steps": 0}, "steps is 0"),
+        ({"count": 0}, "count is 0"),
+        ({"batch": -1}, "batch is -1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"seed": -2}, "seed is -2"),
+        ({"strength": 1.5}, "strength is 1.5"),
+        ({"clip_skip": 0}, "clip_skip is 0"),
+        ({"mask": Path("mask.png")}, "--init-image"),
+    ],
+)
+def test_a_wrong_request_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        dataclasses.replace(FAST, **change)
+
+
+# ---- what is decided
+
+
+def test_the_model_decides_what_the_request_leaves_open(tiny_pipe: Any) -> None:
+    settings = settle(Request(("a",)), tiny_pipe, "models/my sd.safetensors")
+    assert (settings.width, settings.height) == (128, 128)
+    assert (settings.steps, settings.guidance_scale) == (generation.STEPS, generation.GUIDANCE_SCALE)
+    assert settings.model == "my sd"
+    assert 0 <= settings.seed < 2**32
+
+
+def test_an_init_image_decides_the_size(tiny_pipe: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (100, 77)).save(tmp_path / "a.png")
+    settings = settle(Request(("a",), init_image=tmp_path / "a.png"), tiny_pipe, "tiny")
+    assert (settings.width, settings.height) == (96, 80)
+
+
+def test_a_large_init_image_asks_for_a_size(tiny_pipe: Any, tmp_path: Path) -> None:
+    Image.new("L", (3000, 100)).save(tmp_path / "a.png")
+    with pytest.raises(SizeError, match="--size"):
+        settle(Request(("a",), init_image=tmp_path / "a.png"), tiny_pipe, "tiny")
+
+
+# ---- drawing
+
+
+def test_each_image_of_a_batch_can_be_drawn_alone_with_its_seed(pipelines: stand_ins.Pipelines) -> None:
+    asked = dataclasses.replace(FAST, prompts=("a red apple", "a cat"), count=2, batch=3)
+    drawn = pictures(pipelines, asked)
+    assert [picture.seed for picture in drawn] == [5, 6, 7, 8]
+    assert [picture.info.prompt for picture in drawn] == ["a red apple"] * 2 + ["a cat"] * 2
+    assert difference(drawn[0].image, drawn[1].image) > 8
+    for picture in drawn:
+        alone = dataclasses.replace(FAST, prompts=(picture.info.prompt,), seed=picture.info.seed)
+        # Batches differ in the last bit of float32, which may turn one rounding to 8 bits.
+        assert difference(pictures(pipelines, alone)[0].image, picture.image) <= 1
+
+
+def test_negative_prompt_guidance_and_clip_skip_reach_the_pipeline(pipelines: stand_ins.Pipelines) -> None:
+    plain = pictures(pipelines, FAST)[0].image
+    for change in ({"negative_prompt": "blurry"}, {"guidance_scale": 1.0}):
+        assert difference(pictures(pipelines, dataclasses.replace(FAST, **change))[0].image, plain) > 0
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_pictures_start_from_a_picture(pipelines: stand_ins.Pipelines, tmp_path: Path, mask: bool) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "init.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    asked = dataclasses.replace(
+        FAST,
+        steps=4,
+        strength=0.5,
+        count=2,
+        init_image=tmp_path / "init.png",
+        mask=tmp_path / "mask.png" if mask else None,
+    )
+    drawn = pictures(pipelines, asked)
+    assert [picture.image.size for picture in drawn] == [(64, 64)] * 2
+    assert drawn[0].info.settings["Denoising strength"] == "0.5"
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_an_init_image_that_is_none_is_refused(tiny_pipe: Any, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "a.png"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.png"):
+        settle(dataclasses.replace(FAST, init_image=path, size=None), tiny_pipe, "tiny")
+
+
+def test_a_strength_without_a_step_is_refused(pipelines: stand_ins.Pipelines, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="strength"):
+        pictures(pipelines, dataclasses.replace(FAST, init_image=tmp_path / "a.png", strength=0.1))
+
+
+def test_progress_counts_images(pipelines: stand_ins.Pipelines) -> None:
+    told: list[float] = []
+    pictures(
+        pipelines, dataclasses.replace(FAST, count=3, batch=2), on_step=lambda start, done: told.append(start + done)
+    )
+    assert told == sorted(told)
+    assert told[-1] == 3
+
+
+# ---- what goes wrong
+
+
+def test_bad_numbers_are_drawn_again_without_the_optimizer(pipelines: stand_ins.Pipelines) -> None:
+    pipelines.bad_calls, pipelines.optimized = 1, True
+    drawn = pictures(pipelines, dataclasses.replace(FAST, count=2, batch=1))
+    assert "without the optimizer" in drawn[0].note
+    assert not drawn[1].note
+    assert pipelines.asked == [("restore",), ("optimize",)]
+
+
+def test_bad_numbers_are_never_a_black_image(pipelines: stand_ins.Pipelines) -> None:
+    with torch.no_grad():
+        pipelines.pipe.vae.decoder.conv_in.bias.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="float32"):
+        pictures(pipelines, FAST, optimized=False)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError()]
+)
+def test_memory_that_runs_out_says_what_to_do(pipelines: stand_ins.Pipelines, error: Exception) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    pipelines.pipe.unet.forward = fail
+    with pytest.raises(OutOfMemoryError, match="--batch 1"):
+        pictures(pipelines, FAST)
+
+
+def test_other_errors_keep_their_type(pipelines: stand_ins.Pipelines) -> None:
+    pipelines.pipe.unet.forward = None
+    with pytest.raises(TypeError):
+        pictures(pipelines, FAST)
+
+
+# ---- files
+
+
+def picture(seed: int = 9) -> Picture:
+    return Picture(
+        Image.new("RGB", (8, 8)), seed, 0.1, Infotext("a", "", {"Steps": "1", "Seed": str(seed), "Size": "8x8"})
+    )
+
+
+def test_files_of_a_folder_count_up(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    assert [save(picture(seed), folder).name for seed in (9, 9, 10)] == ["00001-9.png", "00002-9.png", "00003-10.png"]
+    (folder / "00001-9.png").unlink()
+    assert save(picture(), folder).name == "00004-9.png"
+
+
+def test_one_file_can_be_named(tmp_path: Path) -> None:
+    path = save(picture(), tmp_path / "deep" / "a.PNG")
+    info = read_png(path)
+    assert path.name == "a.PNG"
+    assert info
+    assert info.seed == 9
+
+
+@pytest.mark.parametrize(("name", "count"), [("a.png", 2), ("a.jpg", 1)])
+def test_an_output_that_cannot_hold_the_pictures_is_refused(tmp_path: Path, name: str, count: int) -> None:
+    with pytest.raises(InputError, match="folder"):
+        generation.check_output(tmp_path / name, count)
+
+
+def test_the_infotext_draws_it_again() -> None:
+    settings = Settings("emoji", 256, 192, 20, 7.0, "DPM++ 2M Karras", 7)
+    asked = Request(("一个红苹果",), "模糊", clip_skip=2)
+    assert generation.infotext(asked, settings, "一个红苹果", 8).format().splitlines()[-1] == (
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.0, Seed: 8, Size: 256x192, "
+        f"Model: emoji, Clip skip: 2, RNG: CPU, Version: allaprima {generation.__version__}"
+    )
