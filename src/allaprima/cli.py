@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,9 +95,9 @@ def options(
     allaprima verify "a red apple"
     allaprima models
     """
-    # Their advice is for programmers; what matters to a user is said by us.
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
+    from .generation import quiet_libraries
+
+    quiet_libraries()
 
 
 @app.command()
@@ -175,7 +174,7 @@ def verify(
     steps: StepsOption = None,
     scheduler: SchedulerOption = None,
     seed: Annotated[int, typer.Option("--seed", "-s")] = 0,
-    task: Annotated[Task, typer.Option(help="What is compared.")] = Task.text2img,
+    task: Annotated[Task, typer.Option(help="img2img and inpaint start from a test card.")] = Task.text2img,
     dtype: DtypeOption = Dtype.auto,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for verify.png and verify.json.")] = Path(
         "outputs"
@@ -188,11 +187,12 @@ def verify(
     allaprima verify "a cat" --size 264x200 --scheduler "Euler a" --task inpaint
     """
     from .generation import defaults, parse_size
-    from .verification import verify
+    from .verification import test_card, test_mask, verify
 
-    width, height = parse_size(size) if size else (None, None)
+    asked = parse_size(size) if size else None
     pipe = _load(model, dtype, scheduler, [], optimized=True)
-    _, model_steps, guidance_scale = defaults(pipe, model)
+    native, model_steps, guidance_scale = defaults(pipe, model)
+    width, height = asked or (native, native)
     with _err().status("Drawing with and without the optimizer …"):
         report = verify(
             pipe,
@@ -203,6 +203,8 @@ def verify(
             guidance_scale=guidance_scale,
             seed=seed,
             task=task.value,
+            image=None if task == Task.text2img else test_card(width, height),
+            mask_image=test_mask(width, height) if task == Task.inpaint else None,
         )
     output.mkdir(parents=True, exist_ok=True)
     picture, record = output / "verify.png", output / "verify.json"

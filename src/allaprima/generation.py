@@ -7,6 +7,7 @@ Picture    one image with the text that draws it again
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import time
@@ -356,6 +357,12 @@ def _check_range(name: str, value: float | None, low: float, high: float = float
     if value is not None and not low <= value <= high:
         allowed = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
         raise InputError(f"{name} is {value}; allowed is {allowed}.")
+
+
+def quiet_libraries() -> None:
+    """Keep diffusers' and transformers' advice to programmers off the terminal; call before they are imported."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
 
 
 @contextmanager
