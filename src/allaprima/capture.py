@@ -116,18 +116,27 @@ DimRule = Callable[[str, torch.Tensor], dict[int, DynamicDim]]
 """(name of the input, tensor) -> its dimensions that change."""
 
 
-def every_dim(tensors: Sequence[torch.Tensor]) -> DimRule:
-    """The rule for a module of which nothing is known: every dimension may change unless the module's code forbids it.
+def dim_rules(tensors: Sequence[torch.Tensor]) -> list[DimRule]:
+    """For a module of which nothing is known: what to try, from the most general to the least.
 
-    A batch of one is captured as a batch of two, if all inputs agree that their first dimension is one.
+    A shared first dimension is taken for the batch.  diffusers' modules branch at a batch of 64, which is why a smaller
+    range is tried as well; every other dimension may change unless the module's code forbids it.
     """
-    ranked = [t for t in tensors if t.dim() > 0]
-    lone_batch = bool(ranked) and all(t.shape[0] == 1 for t in ranked)
+    batches = {t.shape[0] for t in tensors if t.dim() > 0}
+    rules = []
+    if len(batches) == 1:
+        example = max(2, batches.pop())
+        rules = [every_dim(DynamicDim(example, "batch", 1, limit)) for limit in (2**16, 63) if example <= limit]
+    return [*rules, every_dim(), no_dim]
+
+
+def every_dim(batch: DynamicDim | None = None) -> DimRule:
+    """Every dimension larger than one may change; the first one as `batch` says."""
 
     def dims(name: str, tensor: torch.Tensor) -> dict[int, DynamicDim]:
-        found = {i: DynamicDim(size) for i, size in enumerate(tensor.shape) if size > 1}
-        if lone_batch and tensor.dim() > 0:
-            found[0] = DynamicDim(2)
+        found = {axis: DynamicDim(size) for axis, size in enumerate(tensor.shape) if size > 1}
+        if batch is not None and tensor.dim() > 0:
+            found[0] = batch
         return found
 
     return dims

@@ -224,6 +224,24 @@ def evaluate_shape(dims: Iterable[Dim], symbols: Mapping[str, int]) -> tuple[int
     return tuple(evaluate(d, symbols) for d in dims)
 
 
+def peak_bytes(graph: Graph, symbols: dict[str, int]) -> int:
+    """The most bytes of intermediate tensors that live at once, were each made when its node runs and freed after its
+    last reader.  Views count as copies, so this is an upper bound up to the kernels' workspaces."""
+    order = {node: i for i, node in enumerate(graph.fx.nodes)}
+    freed: dict[int, int] = {}
+    live = peak = 0
+    for index, node in enumerate(graph.fx.nodes):
+        found = node.meta.get("spec")
+        if node.op == "call_function" and isinstance(found, TensorSpec):
+            size = math.prod(evaluate_shape(found.shape, symbols | {"rows": 1})) * found.dtype.itemsize
+            last = max((order[user] for user in node.users), default=index)
+            freed[last] = freed.get(last, 0) + size
+            live += size
+            peak = max(peak, live)
+        live -= freed.pop(index, 0)
+    return peak
+
+
 # ---- which functions a graph may call ------------------------------------------------------------------------------
 
 SIZE_OPERATORS: dict[str, Callable[..., Any]] = {

@@ -1,0 +1,499 @@
+"""The engine: stands in a module's `forward`, captures each call signature once, and runs programs after that."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MethodType
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from . import __version__, record
+from .backends import build
+from .backends.base import INPUT_ROLES, Executable
+from .capture import (
+    Call,
+    CallReader,
+    DimRule,
+    Signature,
+    bind_symbols,
+    capture,
+    dim_rules,
+    no_dim,
+    out_of_range,
+    same_program,
+)
+from .config import Config
+from .errors import AdapterError, AllaprimaError, CaptureError, OutOfMemoryError, SizeError
+from .fingerprint import StructureWatch, WeightsWatch, adapters, structure_key
+from .graph import Graph, peak_bytes
+from .rewrite import rewrite, rules_for
+from .rewrite.rule import Declined
+from .stage import Program, Stage, Time, Value, batch_rows, cut
+from .weights.binding import Binding, Sources, weight_names
+
+MAX_PROGRAMS = 8
+"""Captures of one signature before the engine gives up on it: a module that needs more is not size-independent."""
+
+
+Key: TypeAlias = tuple[str, str, Signature]
+"""Structure of the module, its device, and the signature of the call."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a module beyond its code; the defaults suit any module.
+
+    name       shown by `explain`
+    times      inputs that change less often than every call
+    dims       (tensors) -> rules to try in order for which sizes change
+    normalise  brings the arguments to one form, so that equal calls have equal signatures
+    capturing  context in which the module is captured
+    schedule   all timesteps of the present run, or None; lets the schedule stage run once for all of them
+    """
+
+    name: str = "module"
+    times: Mapping[str, Time] = field(default_factory=dict)
+    dims: Callable[[Sequence[torch.Tensor]], Sequence[DimRule]] = dim_rules
+    normalise: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] = lambda *args, **kwargs: (args, kwargs)
+    capturing: Callable[[nn.Module], AbstractContextManager[None]] = lambda module: nullcontext()
+    schedule: Callable[[], torch.Tensor | None] = lambda: None
+    timestep: str | None = None
+
+
+@dataclass
+class Events:
+    """What happened since `optimize`: the numbers behind `explain`."""
+
+    captures: int = 0
+    discharged: int = 0
+    capture_s: float = 0.0
+    loaded: int = 0
+    rebuilds: int = 0
+    rebuild_s: float = 0.0
+    build_s: float = 0.0
+    calls: int = 0
+    stage_runs: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    fired: Counter[str] = field(default_factory=Counter)
+    declined: list[Declined] = field(default_factory=list)
+    signatures: list[str] = field(default_factory=list)
+
+
+class Engine:
+    """Callable that replaces `module.forward`.
+
+    It runs the module eagerly, and says so in `events.fallbacks`, where it cannot do better: train mode, hooks inside
+    the module, inputs that require gradients, calls that cannot be captured.
+    raises  AdapterError where an adapter would otherwise be ignored
+    """
+
+    def __init__(self, module: nn.Module, config: Config, profile: Profile | None = None) -> None:
+        self.module, self.config, self.profile = module, config, profile or Profile()
+        self._replaced = module.__dict__.get("forward")
+        self.original: Callable[..., Any] = module.forward
+        functools.update_wrapper(self, self.original, updated=())
+        self.events = Events()
+        self.bypassed = False
+        self.observe: Callable[[Any, tuple[Any, ...]], Any] | None = None
+        self._read = CallReader(self.original)
+        self._lock = threading.RLock()
+        self._sources = Sources(module)
+        self._structure: StructureWatch | None = None
+        self._weights: WeightsWatch | None = None
+        self._place = ("", "")
+        self._runners: dict[Key, list[Runner]] = {}
+        self._hopeless: dict[Key, str] = {}
+
+    # -- in and out of the module
+
+    def install(self) -> Engine:
+        self.module.forward = self  # type: ignore[method-assign]
+        return self
+
+    def remove(self) -> None:
+        if self._replaced is not None:
+            self.module.forward = self._replaced  # type: ignore[method-assign]
+        else:
+            self.module.__dict__.pop("forward", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return eager_forward(memo.get(id(self.module), self.module))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eager_forward, (self.module,)
+
+    # -- calling
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.bypassed:
+            return self.original(*args, **kwargs)
+        with self._lock:
+            self.events.calls += 1
+            result = self._run(args, kwargs)
+        return self.observe(result, args) if self.observe else result
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if reason := self._eager_reason(args, kwargs):
+            return self._fall_back(reason, args, kwargs)
+        try:
+            normal_args, normal_kwargs = self.profile.normalise(*args, **kwargs)
+            call = self._read(normal_args, normal_kwargs)
+            runner, symbols = self._runner(call)
+        except CaptureError as error:
+            return self._fall_back(str(error), args, kwargs)
+        self._bind(runner)
+        self._check_budget(runner, symbols)
+        try:
+            with torch.no_grad():
+                leaves = runner(call.tensors, symbols, self._timesteps(args, kwargs))
+        except (RuntimeError, MemoryError) as error:
+            raise_if_out_of_memory(error)
+            raise
+        return pytree.tree_unflatten(leaves, runner.program.outputs)
+
+    def _timesteps(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, int] | None:
+        """All timesteps of the present run, and which of them this call is for."""
+        if self.profile.timestep is None:
+            return None
+        schedule = self.profile.schedule()
+        row = row_of(kwargs.get(self.profile.timestep, args[1] if len(args) > 1 else None), schedule)
+        return (schedule, row) if schedule is not None and row is not None else None
+
+    def _eager_reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Notice what changed; returns why this call has to run eagerly."""
+        same_structure = self._structure is not None and self._structure.unchanged()
+        if not same_structure or self._weights is None or not self._weights.unchanged():
+            self._look_again(same_structure)
+        assert self._structure is not None
+        if self.module.training:
+            return "train mode: call .eval()"
+        if hooked := self._structure.hooked():
+            return f"a forward hook inside ({hooked})"
+        if torch.is_grad_enabled() and any(_wants_grad(v) for v in (*args, *kwargs.values())):
+            return "an input requires gradients"
+        return None
+
+    def _look_again(self, same_structure: bool) -> None:
+        if found := adapters(self.module):
+            raise AdapterError(
+                f"{self.profile.name} carries the adapter(s) {', '.join(found)}, which this version cannot run "
+                "optimized. Unload them (pipe.unload_lora_weights()) or call allaprima.restore(pipe) first."
+            )
+        if not same_structure:
+            self._structure = StructureWatch(self.module)
+        self._weights = WeightsWatch(self.module)
+        changed = self._sources.refresh()
+        for runners in self._runners.values():
+            for runner in runners:
+                runner.stale |= changed
+        place = structure_key(self.module), str(_placement(self.module)[0])
+        if place != self._place:
+            self._forget_all_but(place, self._place)
+            self._place = place
+
+    def _forget_all_but(self, *places: tuple[str, str]) -> None:
+        """Compiled programs hold memory: keep those of the present form of the module and of the one before."""
+        self._runners = {k: r for k, r in self._runners.items() if k[:2] in places}
+
+    def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.events.fallbacks[reason] += 1
+        return self.original(*args, **kwargs)
+
+    # -- finding or making a program
+
+    def _runner(self, call: Call) -> tuple[Runner, dict[str, int]]:
+        key = (*self._place, call.signature)
+        if key in self._hopeless:
+            raise CaptureError(self._hopeless[key])
+        runners = self._runners.get(key)
+        if runners is None:
+            runners = self._runners[key] = [self._prepare(g) for g in self._stored(key)]
+        for runner in runners:
+            symbols = bind_symbols(runner.program.symbols, call.tensors)
+            if isinstance(symbols, dict) and self._holds(runner, symbols, call, key):
+                return runner, symbols
+        try:
+            return self._capture(call, key)
+        except CaptureError as error:
+            self._hopeless[key] = str(error)
+            raise
+
+    def _capture(self, call: Call, key: Key) -> tuple[Runner, dict[str, int]]:
+        runners = self._runners[key]
+        if len(runners) >= MAX_PROGRAMS:
+            raise CaptureError(f"{MAX_PROGRAMS} captures of ({call.signature}) did not cover this size.")
+        graph = self._export(call, self.profile.dims(call.tensors))
+        symbols = bind_symbols(graph, call.tensors)
+        if isinstance(symbols, str):
+            raise CaptureError(f"the capture does not serve the call it was made for: {symbols}.")
+        self.events.captures += 1
+        self.events.signatures.append(str(call.signature))
+        if path := self._path(key, len(runners)):
+            record.save(graph, path)
+        runners.append(self._prepare(graph))
+        return runners[-1], symbols
+
+    def _export(self, call: Call, rules: Sequence[DimRule]) -> Graph:
+        started = time.perf_counter()
+        reasons: list[CaptureError] = []
+        for dims in rules:
+            try:
+                with self.profile.capturing(self.module):
+                    return capture(self.module, self.original, call, dims)
+            except CaptureError as error:
+                reasons.append(error)
+            finally:
+                self.events.capture_s += time.perf_counter() - started
+        raise reasons[0]
+
+    def _holds(self, runner: Runner, symbols: dict[str, int], call: Call, key: Key) -> bool:
+        """Whether a program is right at sizes outside its ranges: a capture at exactly these sizes tells, once."""
+        outside = out_of_range(runner.captured, symbols)
+        if not outside:
+            return True
+        special = self._export(call, [no_dim])
+        self.events.discharged += 1
+        if not same_program(runner.captured, special, symbols):
+            return False
+        for symbol, size in outside.items():
+            low, high = runner.captured.ranges[symbol]
+            runner.captured.ranges[symbol] = (min(low, size), high if size < low else None)
+        if path := self._path(key, self._runners[key].index(runner)):
+            record.save(runner.captured, path)
+        return True
+
+    def _prepare(self, graph: Graph) -> Runner:
+        started = time.perf_counter()
+        work = graph.copy()
+        device, dtype = _placement(self.module)
+        report = rewrite(work, rules_for("portable"))
+        program = cut(work, self.profile.times, report.fired)
+        if self.profile.timestep and Time.SCHEDULE in program.stages:
+            program.stages[Time.SCHEDULE] = batch_rows(program.stages[Time.SCHEDULE], self.profile.timestep)
+        runner = Runner(graph, program, self.config, dtype, device, self.events)
+        self.events.fired.update(report.fired)
+        self.events.declined.extend(report.declined)
+        self.events.build_s += time.perf_counter() - started
+        return runner
+
+    def _path(self, key: Key, index: int) -> Path | None:
+        if self.config.cache_dir is None:
+            return None
+        structure, _, signature = key
+        parts = (structure, signature.structure, repr(signature.leaves), *_versions())
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+        return self.config.cache_dir / "graphs" / f"{digest}-{index}.json.gz"
+
+    def _stored(self, key: Key) -> Iterator[Graph]:
+        for index in range(MAX_PROGRAMS):
+            path = self._path(key, index)
+            graph = record.load(path) if path else None
+            if graph is None:
+                return
+            self.events.loaded += 1
+            yield graph
+
+    # -- weights
+
+    def rebind(self) -> None:
+        """Read all weights again at the next call."""
+        with self._lock:
+            self._sources.forget()
+            self._weights = None
+
+    def _bind(self, runner: Runner) -> None:
+        if runner.bound and not runner.stale:
+            return
+        started = time.perf_counter()
+        rebuilt = runner.bind(self._sources.tensors)
+        seconds = time.perf_counter() - started
+        if rebuilt:
+            self.events.rebuilds += 1
+            self.events.rebuild_s += seconds
+        else:
+            self.events.build_s += seconds
+
+    def _check_budget(self, runner: Runner, symbols: dict[str, int]) -> None:
+        if self.config.memory_limit is None:
+            return
+        weights = sum(t.numel() * t.itemsize for t in self._sources.tensors.values())
+        needed = weights + max((peak_bytes(s.graph, symbols) for s in runner.program.stages.values()), default=0)
+        if needed > self.config.memory_limit:
+            raise SizeError(
+                f"{self.profile.name} at this size needs {needed / 2**30:.2f} GiB, the budget (Config.memory_limit) is "
+                f"{self.config.memory_limit / 2**30:.2f} GiB. Draw a smaller size or batch, or raise the limit."
+            )
+
+
+def eager_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the module's class, bound: what a copy of an optimized module gets."""
+    return MethodType(type(module).forward, module)
+
+
+class Runner:
+    """A program on its backend, with the values that its earlier stages last computed."""
+
+    def __init__(
+        self,
+        captured: Graph,
+        program: Program,
+        config: Config,
+        dtype: torch.dtype,
+        device: torch.device,
+        events: Events,
+    ) -> None:
+        self.captured, self.program, self.events = captured, program, events
+        self.binding = Binding(program)
+        self.stale: set[str] = set()
+        self.bound = False
+        self.backends: dict[Time, str] = {}
+        self._stages: list[_RunningStage] = []
+        for when, stage in program.stages.items():
+            if when is not Time.WEIGHTS:
+                executable, self.backends[when] = build(stage.graph, config, dtype, device)
+                self._stages.append(_RunningStage(stage, executable))
+
+    def bind(self, sources: Mapping[str, torch.Tensor]) -> bool:
+        """Give changed weights to the stages that read them.  returns whether a bound stage was built again."""
+        changed = self.binding.update(sources, self.stale if self.bound else sources)
+        rebuilt = False
+        for running in self._stages:
+            graph = running.stage.graph
+            if not self.bound or not weight_names(graph).isdisjoint(changed):
+                running.executable.bind(self.binding.values(graph, sources))
+                running.forget()
+                rebuilt |= self.bound
+        self.stale, self.bound = set(), True
+        return rebuilt
+
+    def __call__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        symbols: Mapping[str, int],
+        timesteps: tuple[torch.Tensor, int] | None,
+    ) -> list[Any]:
+        values: dict[str, Any] = dict(zip(self.program.inputs, tensors, strict=True))
+        for running in self._stages:
+            if running.stage.time is Time.STEP:
+                outputs = running.run(values, symbols)
+                self.events.stage_runs[Time.STEP.name] += 1
+            elif running.stage.rows and timesteps is not None:
+                schedule, row = timesteps
+                table = running.kept({running.stage.inputs[0]: schedule}, symbols, self.events)
+                outputs = [t[row : row + 1] for t in table]
+            else:
+                outputs = running.kept(values, symbols, self.events)
+            values.update(zip(running.stage.outputs, outputs, strict=True))
+        return [values[r.name] if isinstance(r, Value) else r for r in self.program.results]
+
+
+class _RunningStage:
+    """One stage and its last results."""
+
+    def __init__(self, stage: Stage, executable: Executable) -> None:
+        self.stage, self.executable = stage, executable
+        self._arguments = [(p.meta["role"], p.meta["source"]) for p in stage.graph.placeholders(*INPUT_ROLES)]
+        self._seen: list[tuple[Any, int]] | None = None
+        self._results: list[Any] = []
+
+    def run(self, values: Mapping[str, Any], symbols: Mapping[str, int]) -> list[Any]:
+        given = [symbols[s] if role == "size" else values[s] for role, s in self._arguments]
+        if self.stage.rows:
+            name = self.stage.inputs[0]
+            given = [_as_rows(values[name]) if s == name else g for (_, s), g in zip(self._arguments, given, strict=True)]
+        return self.executable.run(given)
+
+    def kept(self, values: Mapping[str, Any], symbols: Mapping[str, int], events: Events) -> list[Any]:
+        """The last results, computed again only if an input changed."""
+        given = [symbols[s] if role == "size" else values[s] for role, s in self._arguments]
+        if self._seen is None or not all(map(_same, self._seen, given)):
+            self._results = self.run(values, symbols)
+            self._seen = [_remember(g) for g in given]
+            events.stage_runs[self.stage.time.name] += 1
+        return self._results
+
+    def forget(self) -> None:
+        self._seen = None
+
+
+def _as_rows(timesteps: torch.Tensor) -> torch.Tensor:
+    """Timesteps as float32 `[T]`; a single one is a table of one row."""
+    return timesteps.reshape(-1).to(torch.float32)
+
+
+def _remember(value: Any) -> tuple[Any, int]:
+    """A value and its version; tensors of inference mode have no version, so a copy is kept."""
+    if not isinstance(value, torch.Tensor):
+        return value, -1
+    return (value.clone(), -2) if value.is_inference() else (value, value._version)
+
+
+def _same(seen: tuple[Any, int], value: Any) -> bool:
+    old, version = seen
+    if version == -1:
+        return bool(old == value)
+    if version == -2 or not isinstance(value, torch.Tensor) or value.is_inference():
+        return isinstance(value, torch.Tensor) and old.shape == value.shape and torch.equal(old, value)
+    if old is value:
+        return bool(value._version == version)
+    # Another tensor may hold the same numbers: single timesteps and embeddings of an unchanged prompt do.
+    unchanged = old._version == version and old.shape == value.shape and old.device == value.device
+    return unchanged and value.device.type == "cpu" and torch.equal(old, value)
+
+
+def row_of(timestep: Any, schedule: torch.Tensor | None) -> int | None:
+    """The row of `schedule` that `timestep` is a view of, found without reading it (that would stop the host)."""
+    if not isinstance(timestep, torch.Tensor) or schedule is None or schedule.dim() != 1:
+        return None
+    if timestep.dim() != 0 or timestep.dtype != schedule.dtype:
+        return None
+    if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
+        return None
+    row, rest = divmod(timestep.storage_offset() - schedule.storage_offset(), schedule.stride(0))
+    return row if rest == 0 and 0 <= row < schedule.shape[0] else None
+
+
+def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device of the module, and the dtype in which most of its parameters are."""
+    first = next(iter(module.parameters()), None)
+    floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return (first.device if first is not None else torch.device("cpu")), floating
+
+
+def _wants_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [torch.__version__, __version__]
+    for package in ("diffusers", "transformers"):
+        try:
+            found.append(version(package))
+        except PackageNotFoundError:
+            found.append("none")
+    return tuple(found)
+
+
+def raise_if_out_of_memory(error: BaseException) -> None:
+    """Turn the many ways in which memory runs out into our error."""
+    text = str(error).lower()
+    if isinstance(error, AllaprimaError):
+        return
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "bad_alloc" in text:
+        raise OutOfMemoryError(
+            f"out of memory: {str(error).splitlines()[0][:200]}. Draw a smaller size or batch; the pipeline stays usable."
+        ) from error
