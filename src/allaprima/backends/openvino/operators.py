@@ -1,0 +1,866 @@
+"""What each operator of a graph becomes in OpenVINO.
+
+An entry takes the translator `t` and the call's arguments under their schema names (`self` as `x`): tensors are
+ov.Outputs, sizes ints or i64 scalars.  It returns a node, an output, or a list of them for operators with several
+results.  Entries swallow arguments that have no bearing on inference in `**_`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset15 as op
+
+if TYPE_CHECKING:
+    from .translate import Translator
+
+Entry = Callable[..., Any]
+TABLE: dict[str, Entry] = {}
+
+F32, I32, I64, BOOL = ov.Type.f32, ov.Type.i32, ov.Type.i64, ov.Type.boolean
+INT_MAX = 2**63 - 1
+
+
+class Unsupported(Exception):
+    """Why a call cannot be translated."""
+
+
+def translates(*names: str) -> Callable[[Entry], Entry]:
+    """Register an entry for operators by name; "aten." is understood."""
+
+    def register(entry: Entry) -> Entry:
+        for name in names:
+            TABLE[name if name.startswith(("operator.", "allaprima.")) else f"aten.{name}"] = entry
+        return entry
+
+    return register
+
+
+def rank(x: Any) -> int:
+    return len(x.get_partial_shape())
+
+
+def axis_of(dim: int, x: Any) -> int:
+    return dim % max(rank(x), 1)
+
+
+def axes_of(dims: int | Sequence[int] | None, x: Any) -> list[int]:
+    if dims is None or dims == []:
+        return list(range(rank(x)))
+    return [axis_of(d, x) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def pair(values: int | Sequence[int], count: int = 2) -> list[int]:
+    """A stride, padding or kernel size for each spatial axis."""
+    given = [values] if isinstance(values, int) else list(values)
+    return given * count if len(given) == 1 else given
+
+
+# ---- the same, and casts -------------------------------------------------------------------------------------------
+
+
+@translates("contiguous.default", "clone.default", "alias.default", "detach.default", "lift_fresh_copy.default",
+            "dropout.default", "feature_dropout.default", "alpha_dropout.default")  # fmt: skip
+def _same(t: Translator, x: Any = None, input: Any = None, train: bool = False, **_: Any) -> Any:
+    if train:
+        raise Unsupported("dropout in training mode")
+    return input if x is None else x
+
+
+@translates("to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy.default", "type_as.default")
+def _to(t: Translator, x: Any, **_: Any) -> Any:
+    source = x.get_element_type()
+    if t.dtype in (I32, I64) and source == F32:
+        # PyTorch cuts towards zero; so does Convert.
+        return op.convert(x, t.dtype.to_string())
+    if t.dtype == BOOL and source != BOOL:
+        return op.not_equal(x, t.constant(0, source))
+    return t.cast(x, t.dtype)
+
+
+@translates("operator.getitem")
+def _getitem(t: Translator, arg0: list[Any], arg1: int) -> Any:
+    return arg0[arg1]
+
+
+# ---- one tensor ----------------------------------------------------------------------------------------------------
+
+_UNARY: dict[str, Callable[[Any], Any]] = {
+    "sin": op.sin, "cos": op.cos, "tan": op.tan, "exp": op.exp, "log": op.log, "sqrt": op.sqrt, "abs": op.abs,
+    "neg": op.negative, "erf": op.erf, "floor": op.floor, "ceil": op.ceiling, "sign": op.sign, "tanh": op.tanh,
+    "sigmoid": op.sigmoid, "relu": op.relu, "mish": op.mish, "hardswish": op.hswish, "silu": op.swish,
+    "isnan": op.is_nan, "isinf": op.is_inf, "relu_": op.relu, "silu_": op.swish,
+}  # fmt: skip
+
+
+def _unary(function: Callable[[Any], Any]) -> Entry:
+    def entry(t: Translator, x: Any, **_: Any) -> Any:
+        return function(t.cast(x, F32) if t.dtype == F32 else x)
+
+    return entry
+
+
+for _name, _function in _UNARY.items():
+    TABLE[f"aten.{_name}.default"] = _unary(_function)
+
+
+@translates("round.default")
+def _round(t: Translator, x: Any) -> Any:
+    return op.round(x, "half_to_even")
+
+
+@translates("rsqrt.default")
+def _rsqrt(t: Translator, x: Any) -> Any:
+    return op.divide(t.constant(1.0), op.sqrt(t.cast(x, F32)))
+
+
+@translates("reciprocal.default")
+def _reciprocal(t: Translator, x: Any) -> Any:
+    return op.divide(t.constant(1.0), t.cast(x, F32))
+
+
+@translates("square.default")
+def _square(t: Translator, x: Any) -> Any:
+    return op.multiply(x, x)
+
+
+@translates("gelu.default")
+def _gelu(t: Translator, x: Any, approximate: str = "none") -> Any:
+    return op.gelu(x, "TANH" if approximate == "tanh" else "ERF")
+
+
+@translates("leaky_relu.default", "leaky_relu_.default")
+def _leaky_relu(t: Translator, x: Any, negative_slope: float = 0.01) -> Any:
+    return op.prelu(x, t.constant([negative_slope]))
+
+
+@translates("elu.default")
+def _elu(t: Translator, x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
+    if (scale, input_scale) != (1.0, 1.0):
+        raise Unsupported("elu with scales")
+    return op.elu(x, float(alpha))
+
+
+@translates("softplus.default")
+def _softplus(t: Translator, x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    if beta != 1:
+        raise Unsupported("softplus with a beta")
+    return op.softplus(x)
+
+
+@translates("clamp.default", "hardtanh.default", "hardtanh_.default", "clamp_min.default", "clamp_max.default",
+            "relu6.default")  # fmt: skip
+def _clamp(t: Translator, x: Any, min: Any = None, max: Any = None, **bounds: Any) -> Any:
+    low, high = bounds.get("min_val", min), bounds.get("max_val", max)
+    if t.node.target.__name__.startswith("relu6"):  # type: ignore[union-attr]
+        low, high = 0, 6
+    x = t.cast(x, t.dtype)
+    x = x if low is None else op.maximum(x, t.cast(low, t.dtype))
+    return x if high is None else op.minimum(x, t.cast(high, t.dtype))
+
+
+@translates("logical_not.default", "bitwise_not.default")
+def _not(t: Translator, x: Any) -> Any:
+    if t.dtype != BOOL:
+        return op.bitwise_not(x)
+    return op.logical_not(_bool(t, x))
+
+
+def _bool(t: Translator, x: Any) -> Any:
+    if isinstance(x, bool | int | float):
+        return t.constant(bool(x), BOOL)
+    kind = x.get_element_type()
+    return x if kind == BOOL else op.not_equal(x, t.constant(0, kind)).output(0)
+
+
+# ---- two tensors ---------------------------------------------------------------------------------------------------
+
+
+def _arithmetic(function: Callable[..., Any]) -> Entry:
+    def entry(t: Translator, x: Any, other: Any, alpha: Any = 1, **_: Any) -> Any:
+        dtype = t.dtype
+        other = t.cast(other, dtype)
+        if alpha != 1:
+            other = op.multiply(other, t.constant(alpha))
+        return function(t.cast(x, dtype), other)
+
+    return entry
+
+
+for _name, _function in {
+    "add": op.add, "sub": op.subtract, "mul": op.multiply, "maximum": op.maximum, "minimum": op.minimum,
+}.items():  # fmt: skip
+    for _overload in ("Tensor", "Scalar", "default"):
+        TABLE[f"aten.{_name}.{_overload}"] = _arithmetic(_function)
+
+
+@translates("rsub.Scalar", "rsub.Tensor")
+def _rsub(t: Translator, x: Any, other: Any, alpha: Any = 1) -> Any:
+    return _arithmetic(op.subtract)(t, other, op.multiply(t.cast(x, t.dtype), t.constant(alpha)).output(0))
+
+
+@translates("div.Tensor", "div.Scalar", "true_divide.Tensor", "div.Tensor_mode", "div.Scalar_mode")
+def _div(t: Translator, x: Any, other: Any, rounding_mode: str | None = None) -> Any:
+    dtype = t.dtype
+    if rounding_mode is None or dtype == F32:
+        quotient = op.divide(t.cast(x, F32), t.cast(other, F32))
+        if rounding_mode is not None:
+            quotient = op.floor(quotient) if rounding_mode == "floor" else _truncate(quotient)
+        return t.cast(quotient.output(0), dtype)
+    if rounding_mode == "trunc":
+        raise Unsupported("whole-number division towards zero")
+    return _floor_divide(t, x, other)
+
+
+def _truncate(x: Any) -> Any:
+    return op.multiply(op.sign(x), op.floor(op.abs(x)))
+
+
+@translates("floor_divide.default", "floor_divide.Scalar")
+def _floor_divide(t: Translator, x: Any, other: Any) -> Any:
+    x, other = t.cast(x, t.dtype), t.cast(other, t.dtype)
+    if t.dtype == F32:
+        return op.floor(op.divide(x, other))
+    return op.divide(op.subtract(x, op.floor_mod(x, other)), other)
+
+
+@translates("remainder.Scalar", "remainder.Tensor")
+def _remainder(t: Translator, x: Any, other: Any) -> Any:
+    return op.floor_mod(t.cast(x, t.dtype), t.cast(other, t.dtype))
+
+
+@translates("pow.Tensor_Scalar", "pow.Tensor_Tensor")
+def _pow(t: Translator, x: Any, exponent: Any) -> Any:
+    x = t.cast(x, t.dtype)
+    if exponent == 2 and not hasattr(exponent, "get_element_type"):
+        return op.multiply(x, x)
+    return op.power(x, t.cast(exponent, t.dtype))
+
+
+@translates("pow.Scalar")
+def _scalar_pow(t: Translator, x: Any, exponent: Any) -> Any:
+    return op.power(t.cast(x, t.dtype), t.cast(exponent, t.dtype))
+
+
+_COMPARISONS = {"eq": op.equal, "ne": op.not_equal, "lt": op.less, "le": op.less_equal, "gt": op.greater,
+                "ge": op.greater_equal}  # fmt: skip
+_RANKING = (BOOL, ov.Type.u8, I32, I64, F32)
+
+
+def _comparison(function: Callable[..., Any]) -> Entry:
+    def entry(t: Translator, x: Any, other: Any) -> Any:
+        kinds = [F32 if isinstance(v, float) else BOOL if isinstance(v, bool) else I32 if isinstance(v, int)
+                 else v.get_element_type() for v in (x, other)]  # fmt: skip
+        kind = max(kinds, key=_RANKING.index)
+        return function(t.cast(x, kind), t.cast(other, kind))
+
+    return entry
+
+
+for _name, _function in _COMPARISONS.items():
+    TABLE[f"aten.{_name}.Tensor"] = TABLE[f"aten.{_name}.Scalar"] = _comparison(_function)
+
+
+def _logical(on_bools: Callable[..., Any], on_ints: Callable[..., Any]) -> Entry:
+    def entry(t: Translator, x: Any, other: Any) -> Any:
+        if t.dtype == BOOL:
+            return on_bools(_bool(t, x), _bool(t, other))
+        return on_ints(t.cast(x, t.dtype), t.cast(other, t.dtype))
+
+    return entry
+
+
+for _name, _function, _ints in (("and", op.logical_and, op.bitwise_and), ("or", op.logical_or, op.bitwise_or),
+                                ("xor", op.logical_xor, op.bitwise_xor)):  # fmt: skip
+    _entry = _logical(_function, _ints)
+    for _form in (f"__{_name}__", f"bitwise_{_name}"):
+        TABLE[f"aten.{_form}.Tensor"] = TABLE[f"aten.{_form}.Scalar"] = _entry
+    TABLE[f"aten.logical_{_name}.default"] = _entry
+
+
+@translates("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")
+def _where(t: Translator, condition: Any, x: Any, other: Any) -> Any:
+    return op.select(_bool(t, condition), t.cast(x, t.dtype), t.cast(other, t.dtype))
+
+
+@translates("masked_fill.Scalar", "masked_fill.Tensor")
+def _masked_fill(t: Translator, x: Any, mask: Any, value: Any) -> Any:
+    return op.select(_bool(t, mask), t.cast(value, t.dtype), x)
+
+
+@translates("addcmul.default")
+def _addcmul(t: Translator, x: Any, tensor1: Any, tensor2: Any, value: Any = 1) -> Any:
+    return op.add(x, op.multiply(op.multiply(tensor1, tensor2), t.constant(value)))
+
+
+@translates("addcdiv.default")
+def _addcdiv(t: Translator, x: Any, tensor1: Any, tensor2: Any, value: Any = 1) -> Any:
+    return op.add(x, op.multiply(op.divide(tensor1, tensor2), t.constant(value)))
+
+
+@translates("lerp.Scalar", "lerp.Tensor")
+def _lerp(t: Translator, x: Any, end: Any, weight: Any) -> Any:
+    return op.add(x, op.multiply(op.subtract(end, x), t.cast(weight, F32)))
+
+
+# ---- reductions ----------------------------------------------------------------------------------------------------
+
+
+def _reduction(function: Callable[..., Any]) -> Entry:
+    def entry(t: Translator, x: Any, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+        axes = axes_of(dim, x)
+        x = _bool(t, x) if t.dtype == BOOL else t.cast(x, t.dtype)
+        return function(x, t.ints(axes), keepdim) if axes else x
+
+    return entry
+
+
+for _names, _function in (
+    (("mean.default", "mean.dim"), op.reduce_mean), (("sum.default", "sum.dim_IntList"), op.reduce_sum),
+    (("max.default", "amax.default"), op.reduce_max), (("min.default", "amin.default"), op.reduce_min),
+    (("prod.default", "prod.dim_int"), op.reduce_prod),
+    (("any.default", "any.dim", "any.dims"), op.reduce_logical_or),
+    (("all.default", "all.dim", "all.dims"), op.reduce_logical_and),
+):  # fmt: skip
+    translates(*_names)(_reduction(_function))
+
+
+@translates("var.correction", "std.correction", "var.dim", "std.dim", "var.default", "std.default")
+def _var(t: Translator, x: Any, dim: Any = None, correction: Any = None, keepdim: bool = False,
+         unbiased: bool = True) -> Any:  # fmt: skip
+    axes = t.ints(axes_of(dim, x))
+    away = 1 if correction is None and unbiased else correction or 0
+    centred = op.subtract(x, op.reduce_mean(x, axes, True))
+    total = op.reduce_sum(op.multiply(centred, centred), axes, keepdim)
+    count = op.reduce_prod(op.gather(op.shape_of(x), axes, t.constant(0, I64)), t.ints([0]), False)
+    found = op.divide(total, op.subtract(op.convert(count, "f32"), t.constant(float(away), F32)))
+    return op.sqrt(found) if "std" in str(t.node.target) else found
+
+
+@translates("logsumexp.default")
+def _logsumexp(t: Translator, x: Any, dim: Any, keepdim: bool = False) -> Any:
+    axes = t.ints(axes_of(dim, x))
+    top = op.reduce_max(x, axes, True)
+    total = op.log(op.reduce_sum(op.exp(op.subtract(x, top)), axes, True))
+    found = op.add(total, top)
+    return found if keepdim else op.squeeze(found, axes)
+
+
+@translates("argmax.default", "argmin.default")
+def _argmax(t: Translator, x: Any, dim: int | None = None, keepdim: bool = False) -> Any:
+    mode = "max" if "argmax" in str(t.node.target) else "min"
+    before = rank(x)
+    if dim is None:
+        x, dim = op.reshape(x, t.ints([-1]), False).output(0), 0
+    index = _extreme(t, x, dim, mode)[1]
+    if keepdim:
+        return index if rank(x) == before else op.reshape(index, t.ints([1] * before), False)
+    return op.squeeze(index, t.ints([axis_of(dim, x)]))
+
+
+@translates("max.dim", "min.dim")
+def _max_dim(t: Translator, x: Any, dim: int, keepdim: bool = False) -> list[Any]:
+    found = _extreme(t, x, dim, "max" if str(t.node.target).startswith("aten.max") else "min")
+    return found if keepdim else [op.squeeze(v, t.ints([axis_of(dim, x)])) for v in found]
+
+
+def _extreme(t: Translator, x: Any, dim: int, mode: str) -> list[Any]:
+    """Largest (smallest) value along an axis and the index of its first occurrence, axis kept.
+
+    TopK does not say which of several equal values it finds, so the index is searched for.
+    """
+    axis = axis_of(dim, x)
+    axes = t.ints([axis])
+    best = (op.reduce_max if mode == "max" else op.reduce_min)(x, axes, True)
+    length = op.squeeze(op.gather(op.shape_of(x), axes, t.constant(0, I64)), t.ints([0]))
+    places = op.range(t.constant(0, I64), length, t.constant(1, I64), "i64").output(0)
+    places = op.reshape(places, t.ints([-1] + [1] * (rank(x) - 1 - axis)), False)
+    first = op.reduce_min(op.select(op.equal(x, best), places, op.unsqueeze(length, t.ints([0]))), axes, True)
+    return [best.output(0), first.output(0)]
+
+
+@translates("topk.default")
+def _topk(t: Translator, x: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Any]:
+    found = op.topk(x, t.cast(k, I64), axis_of(dim, x), "max" if largest else "min", "value", "i64")
+    return [found.output(0), found.output(1)]
+
+
+@translates("cumsum.default")
+def _cumsum(t: Translator, x: Any, dim: int, **_: Any) -> Any:
+    return op.cumsum(t.cast(x, t.dtype), t.constant(axis_of(dim, x), I64))
+
+
+@translates("softmax.int", "_softmax.default")
+def _softmax(t: Translator, x: Any, dim: int, **_: Any) -> Any:
+    return op.softmax(t.cast(x, F32), axis_of(dim, x))
+
+
+@translates("log_softmax.int", "_log_softmax.default")
+def _log_softmax(t: Translator, x: Any, dim: int, **_: Any) -> Any:
+    return op.log_softmax(t.cast(x, F32), axis_of(dim, x))
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------------
+
+
+@translates("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int",
+            "view_as.default", "reshape_as.default", "squeeze.default")  # fmt: skip
+def _reshape(t: Translator, x: Any, **_: Any) -> Any:
+    return t.reshape(x, t.spec_of(0).shape, t.spec.shape)
+
+
+@translates("unsqueeze.default")
+def _unsqueeze(t: Translator, x: Any, dim: int) -> Any:
+    return op.unsqueeze(x, t.ints([dim % (rank(x) + 1)]))
+
+
+@translates("squeeze.dim", "squeeze.dims")
+def _squeeze(t: Translator, x: Any, dim: int | list[int]) -> Any:
+    shape = t.spec_of(0).shape
+    axes = [a for a in axes_of(dim, x) if shape and shape[a] == 1]
+    return op.squeeze(x, t.ints(axes)) if axes else x
+
+
+@translates("transpose.int", "swapaxes.default", "swapdims.default", "t.default")
+def _transpose(t: Translator, x: Any, dim0: int = 0, dim1: int = 1, axis0: int | None = None,
+               axis1: int | None = None) -> Any:  # fmt: skip
+    order = list(range(rank(x)))
+    if len(order) < 2:
+        return x
+    a = axis_of(dim0 if axis0 is None else axis0, x)
+    b = axis_of(dim1 if axis1 is None else axis1, x)
+    order[a], order[b] = order[b], order[a]
+    return op.transpose(x, t.ints(order))
+
+
+@translates("permute.default")
+def _permute(t: Translator, x: Any, dims: list[int]) -> Any:
+    return op.transpose(x, t.ints([axis_of(d, x) for d in dims]))
+
+
+@translates("movedim.int", "movedim.intlist")
+def _movedim(t: Translator, x: Any, source: int | list[int], destination: int | list[int]) -> Any:
+    moved = dict(zip(axes_of(destination, x), axes_of(source, x), strict=True))
+    rest = iter(a for a in range(rank(x)) if a not in moved.values())
+    return op.transpose(x, t.ints([moved[a] if a in moved else next(rest) for a in range(rank(x))]))
+
+
+@translates("expand.default", "expand_as.default", "broadcast_to.default")
+def _expand(t: Translator, x: Any, **_: Any) -> Any:
+    before, after = t.spec_of(0).shape, t.spec.shape
+    padded = (1,) * (len(after) - len(before)) + tuple(before)
+    # An axis that stays as it is needs no size: two-way broadcasting with 1 leaves it alone.
+    return op.broadcast(x, t.dims([1 if a == b else a for a, b in zip(after, padded, strict=True)]),
+                        broadcast_spec="BIDIRECTIONAL")  # fmt: skip
+
+
+@translates("repeat.default")
+def _repeat(t: Translator, x: Any, repeats: list[Any]) -> Any:
+    return op.tile(x, t.dims(repeats))
+
+
+@translates("cat.default", "concat.default")
+def _cat(t: Translator, tensors: list[Any], dim: int = 0) -> Any:
+    return op.concat([t.cast(v, t.dtype) for v in tensors], axis_of(dim, tensors[0]))
+
+
+@translates("stack.default")
+def _stack(t: Translator, tensors: list[Any], dim: int = 0) -> Any:
+    axis = dim % (rank(tensors[0]) + 1)
+    return op.concat([op.unsqueeze(t.cast(v, t.dtype), t.ints([axis])) for v in tensors], axis)
+
+
+@translates("slice.Tensor")
+def _slice(t: Translator, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    start = 0 if start is None else start
+    end = INT_MAX if end is None else end
+    if isinstance(start, int) and isinstance(end, int) and start == 0 and end >= INT_MAX and step == 1:
+        return x
+    return op.slice(x, t.dims([start]), t.dims([end]), t.ints([step]), t.ints([axis_of(dim, x)]))
+
+
+@translates("narrow.default")
+def _narrow(t: Translator, x: Any, dim: int, start: Any, length: Any) -> Any:
+    if isinstance(start, int) and isinstance(length, int):
+        end: Any = INT_MAX if start < 0 and start + length == 0 else start + length
+    else:
+        end = op.add(t.cast(start, I64), t.cast(length, I64)).output(0)
+    return op.slice(x, t.dims([start]), t.dims([end]), t.ints([1]), t.ints([axis_of(dim, x)]))
+
+
+@translates("select.int")
+def _select(t: Translator, x: Any, dim: int, index: Any) -> Any:
+    return op.gather(x, t.cast(index, I64), t.constant(axis_of(dim, x), I64))
+
+
+@translates("chunk.default", "split.Tensor", "split_with_sizes.default", "split.sizes", "unsafe_chunk.default",
+            "unsafe_split.Tensor", "tensor_split.sections")  # fmt: skip
+def _split(t: Translator, x: Any, dim: int = 0, **_: Any) -> list[Any]:
+    axis = axis_of(dim, x)
+    sizes = [s.shape[axis] for s in t.node.meta["spec"]]
+    if all(size == sizes[0] for size in sizes):
+        return list(op.split(x, t.constant(axis, I64), len(sizes)).outputs())
+    return list(op.variadic_split(x, t.constant(axis, I64), t.dims(sizes)).outputs())
+
+
+@translates("unbind.int")
+def _unbind(t: Translator, x: Any, dim: int = 0) -> list[Any]:
+    count = len(t.node.meta["spec"])
+    axis = axis_of(dim, x)
+    return [op.squeeze(v, t.ints([axis])) for v in op.split(x, t.constant(axis, I64), count).outputs()]
+
+
+@translates("roll.default")
+def _roll(t: Translator, x: Any, shifts: list[Any], dims: list[int]) -> Any:
+    if dims:
+        return op.roll(x, t.dims(shifts), t.ints([axis_of(d, x) for d in dims]))
+    flat = op.roll(op.reshape(x, t.ints([-1]), False), t.dims(shifts), t.ints([0]))
+    return op.reshape(flat, op.shape_of(x), False)
+
+
+@translates("flip.default")
+def _flip(t: Translator, x: Any, dims: list[int]) -> Any:
+    for axis in axes_of(dims, x):
+        x = op.slice(x, t.ints([-1]), t.ints([-INT_MAX]), t.ints([-1]), t.ints([axis])).output(0)
+    return x
+
+
+@translates("constant_pad_nd.default", "pad.default")
+def _pad(t: Translator, x: Any, pad: list[Any], value: Any = None, mode: str = "constant") -> Any:
+    forms = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+    if mode not in forms:
+        raise Unsupported(f"padding in mode {mode!r}")
+    begin: list[Any] = [0] * rank(x)
+    end: list[Any] = [0] * rank(x)
+    for i in range(len(pad) // 2):
+        begin[-1 - i], end[-1 - i] = pad[2 * i], pad[2 * i + 1]
+    filler = t.cast(value or 0, t.dtype) if mode == "constant" else None
+    return op.pad(x, t.dims(begin), t.dims(end), forms[mode], filler)
+
+
+@translates("pixel_shuffle.default")
+def _pixel_shuffle(t: Translator, x: Any, upscale_factor: int) -> Any:
+    return op.depth_to_space(x, "depth_first", upscale_factor)
+
+
+@translates("pixel_unshuffle.default")
+def _pixel_unshuffle(t: Translator, x: Any, downscale_factor: int) -> Any:
+    return op.space_to_depth(x, "depth_first", downscale_factor)
+
+
+@translates("diff.default")
+def _diff(t: Translator, x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+    axis = axis_of(dim, x)
+    parts = [v for v in (prepend, x, append) if v is not None]
+    x = op.concat(parts, axis) if len(parts) > 1 else x
+    one, axes = t.ints([1]), t.ints([axis])
+    difference = op.not_equal if t.dtype == BOOL else op.subtract
+    for _ in range(n):
+        later, earlier = (one, t.ints([INT_MAX])), (t.ints([0]), t.ints([-1]))
+        x = difference(op.slice(x, *later, one, axes), op.slice(x, *earlier, one, axes))
+    return x
+
+
+# ---- making tensors ------------------------------------------------------------------------------------------------
+
+
+def _filled(t: Translator, value: Any) -> Any:
+    return op.broadcast(t.cast(value, t.dtype), t.dims(t.spec.shape))
+
+
+@translates("full.default", "full_like.default", "new_full.default")
+def _full(t: Translator, fill_value: Any, **_: Any) -> Any:
+    return _filled(t, fill_value)
+
+
+@translates("ones.default", "ones_like.default", "new_ones.default")
+def _ones(t: Translator, **_: Any) -> Any:
+    return _filled(t, 1)
+
+
+@translates("zeros.default", "zeros_like.default", "new_zeros.default", "empty.memory_format", "empty_like.default",
+            "new_empty.default")  # fmt: skip
+def _zeros(t: Translator, **_: Any) -> Any:
+    return _filled(t, 0)
+
+
+@translates("scalar_tensor.default")
+def _scalar_tensor(t: Translator, s: Any, **_: Any) -> Any:
+    return t.cast(s, t.dtype)
+
+
+@translates("arange.default", "arange.start", "arange.start_step")
+def _arange(t: Translator, end: Any, start: Any = 0, step: Any = 1, **_: Any) -> Any:
+    exact = F32 if any(isinstance(v, float) for v in (start, end, step)) else I64
+    places = op.range(t.cast(start, exact), t.cast(end, exact), t.cast(step, exact), exact.to_string())
+    return t.cast(places.output(0), t.dtype)
+
+
+@translates("tril.default", "triu.default")
+def _triangle(t: Translator, x: Any, diagonal: int = 0) -> Any:
+    shape = t.spec.shape
+    zero, one = t.constant(0, I64), t.constant(1, I64)
+    rows = op.range(zero, t.cast(t.size(shape[-2]), I64), one, "i64")
+    columns = op.range(zero, t.cast(t.size(shape[-1]), I64), one, "i64")
+    distance = op.subtract(columns, op.unsqueeze(rows, t.ints([1])))
+    compare = op.less_equal if "tril" in str(t.node.target) else op.greater_equal
+    return op.select(compare(distance, t.constant(diagonal, I64)), x, t.constant(0, t.dtype))
+
+
+# ---- looking up ----------------------------------------------------------------------------------------------------
+
+
+@translates("embedding.default")
+def _embedding(t: Translator, weight: Any, indices: Any, **_: Any) -> Any:
+    return op.gather(weight, indices, t.constant(0, I64))
+
+
+@translates("index_select.default")
+def _index_select(t: Translator, x: Any, dim: int, index: Any) -> Any:
+    return op.gather(x, index, t.constant(axis_of(dim, x), I64))
+
+
+@translates("gather.default")
+def _gather(t: Translator, x: Any, dim: int, index: Any, **_: Any) -> Any:
+    # ATen takes the part of x that the index covers; GatherElements wants the other axes equal.
+    axis, before, after = axis_of(dim, x), t.spec_of(0).shape, t.node.args[2].meta["spec"].shape  # type: ignore[union-attr]
+    cut = [a for a in range(rank(x)) if a != axis and before[a] != after[a]]
+    if cut:
+        stops = t.dims([after[a] for a in cut])
+        x = op.slice(x, t.ints([0] * len(cut)), stops, t.ints([1] * len(cut)), t.ints(cut))
+    return op.gather_elements(x, index, axis)
+
+
+@translates("index.Tensor", "_unsafe_index.Tensor")
+def _index(t: Translator, x: Any, indices: list[Any]) -> Any:
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if any(index.get_element_type() in (BOOL, ov.Type.u8) for _, index in given):
+        raise Unsupported("indexing by a mask: the result's size depends on the data")
+    axes = [axis for axis, _ in given]
+    if len(given) == 1:
+        return op.gather(x, given[0][1], t.constant(axes[0], I64))
+    if axes != list(range(axes[0], axes[-1] + 1)):
+        raise Unsupported("indexing by tensors that are not next to each other")
+    block = max(rank(index) for _, index in given)
+    rest = [a for a in range(rank(x)) if a not in axes]
+    shape = op.shape_of(x).output(0)
+    if axes[0]:
+        x = op.transpose(x, t.ints(axes + rest)).output(0)
+    together = given[0][1]
+    for _, index in given[1:]:
+        together = op.add(together, op.multiply(index, t.constant(0, index.get_element_type()))).output(0)
+    columns = []
+    for axis, index in given:
+        length = op.gather(shape, t.constant(axis, I64), t.constant(0, I64)).output(0)
+        length = t.cast(length, index.get_element_type())
+        counted = op.floor_mod(op.broadcast(index, op.shape_of(together), broadcast_spec="BIDIRECTIONAL"), length)
+        columns.append(op.unsqueeze(t.cast(counted.output(0), I64), t.ints([block])))
+    found = op.gather_nd(x, op.concat(columns, block))
+    if not axes[0]:
+        return found
+    lead = list(range(block, block + axes[0]))
+    tail = list(range(block + axes[0], block + len(rest)))
+    return op.transpose(found, t.ints(lead + list(range(block)) + tail))
+
+
+# ---- matrices ------------------------------------------------------------------------------------------------------
+
+
+@translates("linear.default")
+def _linear(t: Translator, input: Any, weight: Any, bias: Any = None) -> Any:
+    product = op.matmul(input, weight, False, True)
+    return product if bias is None else op.add(product, bias)
+
+
+@translates("matmul.default", "mm.default", "bmm.default")
+def _matmul(t: Translator, x: Any, other: Any = None, mat2: Any = None) -> Any:
+    return op.matmul(x, other if mat2 is None else mat2, False, False)
+
+
+@translates("addmm.default", "baddbmm.default")
+def _addmm(t: Translator, x: Any, beta: Any = 1, alpha: Any = 1, **matrices: Any) -> Any:
+    a, b = matrices.get("mat1", matrices.get("batch1")), matrices.get("mat2", matrices.get("batch2"))
+    product = op.matmul(a, b, False, False)
+    product = product if alpha == 1 else op.multiply(product, t.constant(alpha))
+    if beta == 0:
+        return product
+    return op.add(product, x if beta == 1 else op.multiply(x, t.constant(beta)))
+
+
+@translates("einsum.default")
+def _einsum(t: Translator, equation: str, tensors: list[Any], **_: Any) -> Any:
+    return op.einsum(tensors, equation.replace(" ", ""))
+
+
+@translates("scaled_dot_product_attention.default")
+def _attention(t: Translator, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
+               is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Any:  # fmt: skip
+    """[B, H, N, D]."""
+    if dropout_p:
+        raise Unsupported("attention with dropout")
+    if enable_gqa:
+        heads, kv_heads = t.spec_of(0).shape[-3], t.spec_of(1).shape[-3]
+        if not isinstance(heads, int) or not isinstance(kv_heads, int):
+            raise Unsupported("grouped-query attention with a symbolic number of heads")
+        order = t.ints([h * kv_heads // heads for h in range(heads)])
+        axis = t.constant(rank(key) - 3, I64)
+        key, value = op.gather(key, order, axis), op.gather(value, order, axis)
+    scaling = None if scale is None else t.constant(float(scale))
+    if scaling is not None and attn_mask is None:
+        attn_mask = t.constant(0.0)
+    return op.scaled_dot_product_attention(query, key, value, attn_mask, scaling, is_causal)
+
+
+# ---- convolutions and norms ----------------------------------------------------------------------------------------
+
+
+@translates("conv2d.default", "conv1d.default", "conv3d.default", "conv2d.padding", "conv1d.padding")
+def _conv(t: Translator, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+          dilation: Any = 1, groups: int = 1) -> Any:  # fmt: skip
+    spatial = rank(input) - 2
+    if isinstance(padding, str):
+        kernel = t.spec_of(1).shape[2:]
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(pair(dilation, spatial), kernel, strict=True)]  # type: ignore[operator]
+        begin = [n // 2 for n in total]
+        end = [n - n // 2 for n in total]
+    else:
+        begin = end = pair(padding, spatial)
+    geometry = (pair(stride, spatial), begin, end, pair(dilation, spatial))
+    if groups == 1:
+        product = op.convolution(input, weight, *geometry)
+    else:
+        shape = t.spec_of(1).shape
+        grouped = op.reshape(weight, t.ints([groups, shape[0] // groups, *shape[1:]]), False)  # type: ignore[operator, list-item]
+        product = op.group_convolution(input, grouped, *geometry)
+    return product if bias is None else op.add(product, _channels(t, bias, spatial))
+
+
+def _channels(t: Translator, vector: Any, spatial: int) -> Any:
+    """[C] as [1, C, 1, …]."""
+    return op.reshape(vector, t.ints([1, -1] + [1] * spatial), False)
+
+
+@translates("conv_transpose2d.input", "conv_transpose1d.default")
+def _conv_transpose(t: Translator, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+                    output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Any:  # fmt: skip
+    spatial = rank(input) - 2
+    if groups != 1:
+        raise Unsupported("grouped transposed convolution")
+    around = pair(padding, spatial)
+    product = op.convolution_backprop_data(input, weight, pair(stride, spatial), None, around, around,
+                                           pair(dilation, spatial), None, pair(output_padding, spatial))  # fmt: skip
+    return product if bias is None else op.add(product, _channels(t, bias, spatial))
+
+
+@translates("group_norm.default")
+def _group_norm(t: Translator, input: Any, num_groups: int, weight: Any = None, bias: Any = None,
+                eps: float = 1e-5, **_: Any) -> Any:  # fmt: skip
+    channels = t.spec_of(0).shape[1]
+    if not isinstance(channels, int):
+        raise Unsupported("group_norm over a symbolic number of channels")
+    scale = op.constant(np.ones(channels, np.float32)) if weight is None else weight
+    shift = op.constant(np.zeros(channels, np.float32)) if bias is None else bias
+    return op.group_normalization(input, scale, shift, num_groups, eps)
+
+
+@translates("layer_norm.default", "native_layer_norm.default")
+def _layer_norm(t: Translator, input: Any, normalized_shape: list[int], weight: Any = None, bias: Any = None,
+                eps: float = 1e-5, **_: Any) -> Any:  # fmt: skip
+    axes = list(range(rank(input) - len(normalized_shape), rank(input)))
+    found = op.mvn(input, t.ints(axes), True, eps, "inside_sqrt")
+    found = found if weight is None else op.multiply(found, weight)
+    return found if bias is None else op.add(found, bias)
+
+
+@translates("rms_norm.default")
+def _rms_norm(t: Translator, input: Any, normalized_shape: list[int], weight: Any = None,
+              eps: float | None = None) -> Any:  # fmt: skip
+    axes = t.ints(list(range(rank(input) - len(normalized_shape), rank(input))))
+    mean = op.reduce_mean(op.multiply(input, input), axes, True)
+    eps = float(np.finfo(np.float32).eps) if eps is None else eps
+    found = op.divide(input, op.sqrt(op.add(mean, t.constant(eps))))
+    return found if weight is None else op.multiply(found, weight)
+
+
+@translates("batch_norm.default")
+def _batch_norm(t: Translator, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+                training: bool, eps: float, **_: Any) -> Any:  # fmt: skip
+    if training or running_mean is None:
+        raise Unsupported("batch_norm with the batch's own statistics")
+    channels = t.spec_of(0).shape[1]
+    scale = op.constant(np.ones(channels, np.float32)) if weight is None else weight  # type: ignore[arg-type]
+    shift = op.constant(np.zeros(channels, np.float32)) if bias is None else bias  # type: ignore[arg-type]
+    return op.batch_norm_inference(input, scale, shift, running_mean, running_var, eps)
+
+
+@translates("max_pool2d.default", "max_pool1d.default")
+def _max_pool(t: Translator, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+              ceil_mode: bool = False) -> Any:  # fmt: skip
+    spatial = rank(x) - 2
+    around = pair(padding, spatial)
+    return op.max_pool(x, pair(stride or kernel_size, spatial), pair(dilation, spatial), around, around,
+                       pair(kernel_size, spatial), "ceil_torch" if ceil_mode else "floor").output(0)  # fmt: skip
+
+
+@translates("avg_pool2d.default", "avg_pool1d.default")
+def _avg_pool(t: Translator, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+              count_include_pad: bool = True, divisor_override: int | None = None) -> Any:  # fmt: skip
+    if divisor_override is not None:
+        raise Unsupported("avg_pool with another divisor")
+    spatial = rank(x) - 2
+    around = pair(padding, spatial)
+    return op.avg_pool(x, pair(stride or kernel_size, spatial), around, around, pair(kernel_size, spatial),
+                       not count_include_pad, "ceil_torch" if ceil_mode else "floor")  # fmt: skip
+
+
+@translates("adaptive_avg_pool2d.default", "adaptive_avg_pool1d.default")
+def _adaptive_avg_pool(t: Translator, x: Any, output_size: list[Any]) -> Any:
+    spatial = len(output_size)
+    if all(size == 1 for size in output_size if isinstance(size, int)):
+        return op.reduce_mean(x, t.ints(list(range(rank(x) - spatial, rank(x)))), True)
+    if rank(x) != spatial + 2:
+        raise Unsupported("adaptive_avg_pool without a batch axis")
+    return op.adaptive_avg_pool(x, t.dims(output_size))
+
+
+@translates("upsample_nearest2d.vec", "upsample_nearest2d.default", "upsample_nearest1d.vec")
+def _upsample_nearest(t: Translator, output_size: Any = None, scale_factors: Any = None, x: Any = None,
+                      input: Any = None, **_: Any) -> Any:  # fmt: skip
+    x = input if x is None else x
+    axes = t.ints(list(range(2, rank(x))))
+    if output_size is None:
+        sizes, by = t.constant([float(s) for s in scale_factors], F32), "scales"
+    else:
+        sizes, by = t.dims(output_size), "sizes"
+    return op.interpolate(x, sizes, "nearest", by, coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+                          axes=axes)  # fmt: skip
+
+
+@translates("upsample_bilinear2d.vec")
+def _upsample_bilinear(t: Translator, input: Any, output_size: Any, align_corners: bool,
+                       scale_factors: Any = None) -> Any:  # fmt: skip
+    if output_size is None:
+        sizes, by = t.constant([float(s) for s in scale_factors], F32), "scales"
+    else:
+        sizes, by = t.dims(output_size), "sizes"
+    corners = "align_corners" if align_corners else "pytorch_half_pixel"
+    return op.interpolate(input, sizes, "linear_onnx", by, coordinate_transformation_mode=corners,
+                          nearest_mode="floor", axes=t.ints([2, 3]))  # fmt: skip
+
+
+# ---- allaprima's own operators -------------------------------------------------------------------------------------
+
+
+@translates("allaprima.ops.attention")
+def _attention_bnhd(t: Translator, arg0: Any, arg1: Any, arg2: Any, arg3: Any = None, mask: Any = None,
+                    scale: float | None = None) -> Any:  # fmt: skip
+    """[B, N, H, D]: the transposes around it are views to the CPU plugin."""
+    order = t.ints([0, 2, 1, 3])
+    q, k, v = (op.transpose(x, order).output(0) for x in (arg0, arg1, arg2))
+    scale = math.sqrt(1 / t.spec_of(0).shape[-1]) if scale is None else scale  # type: ignore[operator]
+    mask = t.constant(0.0) if arg3 is None and mask is None else arg3 if mask is None else mask
+    return op.transpose(op.scaled_dot_product_attention(q, k, v, mask, t.constant(float(scale)), False), order)

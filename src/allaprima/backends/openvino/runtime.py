@@ -1,0 +1,102 @@
+"""OpenVinoExecutable: one stage, compiled by OpenVINO once for each state of the weights, run at every size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset15 as op
+import torch
+from torch.fx import Node
+
+from ...errors import AllaprimaError
+from ...graph import Graph, SizeSpec
+from .translate import Translator, element_type
+
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@lru_cache(maxsize=1)
+def _core() -> Any:
+    return ov.Core()
+
+
+class OpenVinoExecutable:
+    """A stage as an OpenVINO model for the CPU.
+
+    graph          what it computes
+    dtype          the precision of the arithmetic: float32 or bfloat16
+    threads        how many threads a run may use; None leaves it to OpenVINO
+    build_seconds  time of the last translation, bind_seconds of the last `bind` in all
+    """
+
+    def __init__(self, graph: Graph, *, dtype: torch.dtype, threads: int | None = None) -> None:
+        self.graph = graph
+        self.build_seconds = self.bind_seconds = 0.0
+        # The precision is always said: OpenVINO's own choice is bf16 wherever the processor has it.
+        self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype], "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            self._config["INFERENCE_NUM_THREADS"] = threads
+        self._request: Any = None
+        self._lock = Lock()
+
+    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Translate the graph with these weights as constants, and compile it."""
+        started = time.perf_counter()
+        translator = Translator(self.graph, lambda node: _constant(weights[node.name]))
+        translator.translate()
+        if translator.failures:
+            raise AllaprimaError("; ".join(translator.failures))
+        model = translator.model()
+        self.build_seconds = time.perf_counter() - started
+        with self._lock:
+            self._request = _core().compile_model(model, "CPU", self._config).create_infer_request()
+        self.bind_seconds = time.perf_counter() - started
+
+    def run(self, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
+        with self._lock:
+            # OpenVINO reads the inputs' own memory, so they are held until it is done.
+            held = [_shared(value) for value in inputs]
+            for i, tensor in enumerate(held):
+                self._request.set_input_tensor(i, tensor)
+            self._request.start_async()
+            self._request.wait()
+            outputs = iter(range(len(self.graph.results)))
+            return [_copied(r, self._request.get_output_tensor(next(outputs))) if isinstance(r, Node) else r
+                    for r in self.graph.results]  # fmt: skip
+
+
+def _shared(value: torch.Tensor | int) -> Any:
+    """An ov.Tensor over the value's memory."""
+    if isinstance(value, int):
+        return ov.Tensor(np.array(value, np.int64))
+    value = value.detach().contiguous()
+    if value.dtype is torch.bfloat16:
+        return ov.Tensor(value.view(torch.int16).numpy(), ov.Shape(list(value.shape)), ov.Type.bf16)
+    return ov.Tensor(value.numpy(), shared_memory=True)
+
+
+def _copied(result: Node, tensor: Any) -> Any:
+    """A result in memory of its own, since the request writes to the same buffers in the next run."""
+    spec = result.meta["spec"]
+    data = tensor.data
+    if isinstance(spec, SizeSpec):
+        return int(data)
+    if spec.dtype is torch.bfloat16:
+        return torch.from_numpy(np.array(data).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(data)).to(spec.dtype)
+
+
+def _constant(weight: torch.Tensor) -> Any:
+    """A weight as a constant of the model."""
+    tensor = _shared(weight)
+    constant = op.constant(tensor, shared_memory=True)
+    if weight.dtype is torch.bfloat16:
+        return op.convert(constant, "f32").output(0)
+    element_type(weight.dtype)
+    return constant.output(0)
