@@ -17,6 +17,7 @@ from allaprima import generation
 from allaprima.errors import InputError, NumericsError, OutOfMemoryError, SizeError
 from allaprima.generation import Picture, Request, Settings, check_size, draw, parse_size, save, settle
 from allaprima.infotext import Infotext, read_png
+from allaprima.schedulers import set_scheduler
 from tests import stand_ins
 
 FAST = Request(("a red apple",), steps=2, size=(64, 64), seed=5)
@@ -120,6 +121,19 @@ def test_a_large_init_image_asks_for_a_size(tiny_pipe: Any, tmp_path: Path) -> N
         settle(Request(("a",), init_image=tmp_path / "a.png"), tiny_pipe, "tiny")
 
 
+@pytest.mark.parametrize(
+    "name", ["PNDM", "DDIM", "Euler a", "DPM++ 2M", "DPM++ 2M Karras", "DPM++ 2M SDE Karras", "UniPC"]
+)
+def test_a_scheduler_has_a1111s_name(tiny_pipe: Any, name: str) -> None:
+    set_scheduler(tiny_pipe, name)
+    assert generation.sampler_name(tiny_pipe.scheduler) == name
+
+
+def test_clip_skip_without_the_optimizer_is_refused(pipelines: stand_ins.Pipelines) -> None:
+    with pytest.raises(InputError, match="clip skip"):
+        pictures(pipelines, dataclasses.replace(FAST, clip_skip=2), optimized=False)
+
+
 # ---- drawing
 
 
@@ -135,7 +149,7 @@ def test_each_image_of_a_batch_can_be_drawn_alone_with_its_seed(pipelines: stand
         assert difference(pictures(pipelines, alone)[0].image, picture.image) <= 1
 
 
-def test_negative_prompt_guidance_and_clip_skip_reach_the_pipeline(pipelines: stand_ins.Pipelines) -> None:
+def test_negative_prompt_and_guidance_reach_the_pipeline(pipelines: stand_ins.Pipelines) -> None:
     plain = pictures(pipelines, FAST)[0].image
     for change in ({"negative_prompt": "blurry"}, {"guidance_scale": 1.0}):
         assert difference(pictures(pipelines, dataclasses.replace(FAST, **change))[0].image, plain) > 0
@@ -190,7 +204,7 @@ def test_bad_numbers_are_drawn_again_without_the_optimizer(pipelines: stand_ins.
     drawn = pictures(pipelines, dataclasses.replace(FAST, count=2, batch=1))
     assert "without the optimizer" in drawn[0].note
     assert not drawn[1].note
-    assert pipelines.asked == [("restore",), ("optimize",)]
+    assert pipelines.asked == [("eager",)]
 
 
 def test_bad_numbers_are_never_a_black_image(pipelines: stand_ins.Pipelines) -> None:

@@ -18,8 +18,8 @@ PACKAGE = Path(allaprima.__file__).parent
 ORDER = (
     ("cli", "server"),
     ("demo",),
-    ("bench",),
-    ("doctor", "generation", "verification"),
+    ("doctor", "verification"),
+    ("bench", "generation"),
     ("explanation",),
     ("pipelines",),
     ("profiles",),
@@ -33,7 +33,7 @@ ORDER = (
     ("record",),
     ("graph",),
     ("ops",),
-    ("fingerprint", "infotext", "models", "config"),
+    ("fingerprint", "infotext", "models", "config", "numerics", "schedulers"),
     ("errors",),
 )
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names}

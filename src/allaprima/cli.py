@@ -146,7 +146,6 @@ def generate(
         size=parse_size(size) if size else None,
         steps=steps,
         guidance_scale=guidance,
-        scheduler=scheduler,
         seed=None if seed == -1 else seed,
         count=count,
         batch=batch,
@@ -329,7 +328,8 @@ def _load(model: str, dtype: Dtype, scheduler: str | None, adapters: list[tuple[
         pipe.set_progress_bar_config(disable=True)
         if scheduler:
             set_scheduler(pipe, scheduler)
-        _load_adapters(pipe, adapters)
+        if adapters:
+            _load_adapters(pipe, adapters)
         return optimize(pipe) if optimized else pipe
 
 
@@ -340,8 +340,7 @@ def _load_adapters(pipe: Any, adapters: list[tuple[str, float]]) -> None:
         if name not in LORAS and not Path(name).exists():
             raise AdapterError(f"There is no LoRA {name!r}: give a .safetensors file or one of {', '.join(LORAS)}.")
         pipe.load_lora_weights(str(LORAS[name].path if name in LORAS else name), adapter_name=Path(name).stem)
-    if adapters:
-        pipe.set_adapters([Path(name).stem for name, _ in adapters], [weight for _, weight in adapters])
+    pipe.set_adapters([Path(name).stem for name, _ in adapters], [weight for _, weight in adapters])
 
 
 def _draw_and_save(pipe: Any, request: Request, model: str, optimized: bool, output: Path) -> None:

@@ -51,7 +51,6 @@ class Request:
     size: tuple[int, int] | None = None
     steps: int | None = None
     guidance_scale: float | None = None
-    scheduler: str | None = None
     seed: int | None = None
     count: int = 1
     batch: int = 4
@@ -150,7 +149,7 @@ def settle(request: Request, pipe: Any, model: str) -> Settings:
         height=height,
         steps=request.steps or steps,
         guidance_scale=guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        sampler=request.scheduler or type(pipe.scheduler).__name__.removesuffix("Scheduler"),
+        sampler=sampler_name(pipe.scheduler),
         seed=secrets.randbelow(MAX_SEED) if request.seed is None else request.seed,
     )
 
@@ -165,6 +164,19 @@ def defaults(pipe: Any, model: str) -> tuple[int, int, float]:
     return pipe.unet.config.sample_size * pipe.vae_scale_factor, STEPS, GUIDANCE_SCALE
 
 
+def sampler_name(scheduler: Any) -> str:
+    """A1111's name of a diffusers scheduler, or its class where A1111 has none."""
+    from .schedulers import SCHEDULERS
+
+    kind = type(scheduler).__name__
+    fitting = [
+        (len(settings), name)
+        for name, (class_name, settings) in SCHEDULERS.items()
+        if class_name == kind and all(scheduler.config.get(key) == value for key, value in settings.items())
+    ]
+    return max(fitting)[1] if fitting else kind.removesuffix("Scheduler")
+
+
 def draw(
     pipe: Any, request: Request, settings: Settings, *, optimized: bool = True, on_step: OnStep | None = None
 ) -> Iterator[Picture]:
@@ -174,14 +186,18 @@ def draw(
     on_step     called as on_step(images of earlier batches, images' worth of this batch done so far)
     raises      InputError, NumericsError, OutOfMemoryError
     """
-    inputs = _task_inputs(request, settings)
+    from .pipelines import as_task
+
+    if request.clip_skip > 1 and not optimized:
+        raise InputError("clip skip needs the optimizer: diffusers' own fails with transformers 5.")
+    task_pipe, inputs = as_task(pipe, request.task), _task_inputs(request, settings)
     shots = [(prompt, settings.seed + i) for i, prompt in enumerate(_repeat(request.prompts, request.count))]
     for start in range(0, len(shots), request.batch):
         batch = shots[start : start + request.batch]
         arguments = _arguments(request, settings, batch, inputs)
         begun = time.perf_counter()
         with _memory_errors(settings, len(batch)):
-            images, note = _call(pipe, request.task, optimized, arguments, _reporter(on_step, start, len(batch)))
+            images, note = _call(task_pipe, optimized, arguments, _reporter(on_step, start, len(batch)))
         seconds = (time.perf_counter() - begun) / len(batch)
         for image, (prompt, seed) in zip(images, batch, strict=True):
             yield Picture(image, seed, seconds, infotext(request, settings, prompt, seed), note)
@@ -232,25 +248,21 @@ def save(picture: Picture, output: Path) -> Path:
 
 
 def _call(
-    pipe: Any, task: Task, optimized: bool, arguments: Callable[[], dict[str, Any]], callback: Any
+    pipe: Any, optimized: bool, arguments: Callable[[], dict[str, Any]], callback: Any
 ) -> tuple[list[Image], str]:
     """Run the pipeline; where the optimizer's numbers go bad, run it again without."""
-    from .pipelines import as_task, optimize, restore
+    from .pipelines import eager
 
     def run() -> list[Image]:
-        drawer = as_task(pipe, task)
-        return _to_pil(drawer, drawer(**arguments(), callback_on_step_end=callback, output_type="np").images)
+        return _to_pil(pipe, pipe(**arguments(), callback_on_step_end=callback, output_type="np").images)
 
     try:
         return run(), ""
     except NumericsError as error:
         if not optimized:
             raise
-        restore(pipe)
-        try:
+        with eager(pipe):
             return run(), f"drawn without the optimizer: {error}"
-        finally:
-            optimize(pipe)
 
 
 def _arguments(
