@@ -10,7 +10,7 @@ from torch.fx import Node
 from .. import ops
 from ..graph import arguments, aten, call, replace, shape, sole_user, spec
 from .clean import permutation, permuted
-from .rule import Rule
+from .rule import Rule, source
 
 SWAP = (0, 2, 1, 3)
 """[B, N, H, D] <-> [B, H, N, D]"""
@@ -49,7 +49,7 @@ class AttentionWithoutTransposes(Rule):
     def rewrite(self, found: tuple[Node, dict[str, Any]]) -> None:
         node, named = found
         q, k, v = (named[name] for name in ("query", "key", "value"))
-        scale = named["scale"] if named["scale"] is not None else 1 / math.sqrt(shape(q)[3])  # type: ignore[arg-type]
+        scale = named["scale"] if named["scale"] is not None else 1 / math.sqrt(float(shape(q)[3]))
         user = next(iter(node.users))
         args = (*(_rows_first(node, x) for x in (q, k, v)), named["attn_mask"], float(scale), named["is_causal"])
         fused = call(node, ops.attention, args, spec(user))
@@ -58,4 +58,4 @@ class AttentionWithoutTransposes(Rule):
 
 
 def _rows_first(before: Node, x: Node) -> Node:
-    return x.args[0] if permutation(x) == SWAP else permuted(before, x, SWAP)  # type: ignore[return-value]
+    return source(x) if permutation(x) == SWAP else permuted(before, x, SWAP)

@@ -12,9 +12,9 @@ from typing import Any
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from ..graph import Dim, TensorSpec, argument, aten, call, is_call, is_tensor, replace, shape, spec
+from ..graph import Dim, argument, aten, call, is_call, is_tensor, replace, shape, spec
 from .clean import permutation
-from .rule import Rule
+from .rule import Rule, source
 
 UNARY: tuple[Callable[..., Any], ...] = tuple(
     getattr(aten, name).default
@@ -39,7 +39,7 @@ def broadcast_rows(node: Any) -> Node | None:
     """x where the node is x[1, …] expanded to [B, …], else None."""
     if not is_call(node, aten.expand.default):
         return None
-    x: Node = node.args[0]
+    x: Node = source(node)
     few, many = shape(x), shape(node)
     return x if len(few) == len(many) and few[:1] == (1,) != many[:1] and few[1:] == many[1:] else None
 
@@ -72,8 +72,9 @@ class SinkBroadcast(Rule):
 
     def rewrite(self, found: tuple[Node, dict[Node, Node]]) -> None:
         node, rows = found
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda a: rows.get(a, a))  # type: ignore[misc]
-        one = call(node, node.target, args, spec(node).with_shape((1, *shape(node)[1:])), kwargs)  # type: ignore[arg-type]
+        read: Any = map_arg((node.args, dict(node.kwargs)), lambda a: rows.get(a, a))
+        target: Any = node.target
+        one = call(node, target, read[0], spec(node).with_shape((1, *shape(node)[1:])), read[1])
         count = argument(next(iter(rows)), 1, "size")[0]
         sizes = [count] + [-1] * (len(shape(node)) - 1)
         replace(node, call(node, aten.expand.default, (one, sizes), spec(node)))
@@ -81,7 +82,7 @@ class SinkBroadcast(Rule):
 
 def _row_inputs(node: Node) -> set[Node]:
     """The tensors whose axis 0 is the result's axis 0; the others are weights."""
-    first: Any = node.args[0]
+    first = source(node)
     return set(first) if is_call(node, aten.cat.default) else {first}
 
 
@@ -93,7 +94,7 @@ def _treats_rows_alone(node: Node, rank: int) -> bool:
         return len(argument(node, 1, "normalized_shape")) < rank
     if is_call(node, aten.permute.default, aten.transpose.int):
         order = permutation(node)
-        return bool(order) and order[0] == 0  # type: ignore[index]
+        return order is not None and order[:1] == (0,)
     return bool(argument(node, 1, "dim", 0) % rank != 0)
 
 
@@ -107,18 +108,18 @@ class DropBroadcast(Rule):
             return None
         for a in node.all_input_nodes:
             if is_call(a, aten.expand.default) and self._needless(node, a):
-                return node, a, a.args[0]  # type: ignore[return-value]
+                return node, a, source(a)
         return None
 
     def rewrite(self, found: tuple[Node, Node, Node]) -> None:
-        while found:
-            node, expanded, x = found
-            node.replace_input_with(expanded, x)
-            found = self.match(node)  # type: ignore[assignment]
+        node, expanded, x = found
+        node.replace_input_with(expanded, x)
+        if another := self.match(node):
+            self.rewrite(another)
 
     @staticmethod
     def _needless(node: Node, expanded: Node) -> bool:
-        x: Any = expanded.args[0]
+        x = source(expanded)
         if is_call(node, aten.scaled_dot_product_attention.default):
             others = {argument(node, i, name) for i, name in enumerate(("query", "key", "value"))}
             same_rank = len(shape(x)) == len(shape(expanded)) == len(shape(node))
@@ -131,14 +132,10 @@ def broadcast_shape(shapes: Iterable[tuple[Dim, ...]]) -> tuple[Dim, ...] | None
     """The shape to which the shapes broadcast; None where two different expressions meet."""
     out: list[Dim] = []
     for dims in shapes:
-        out = [1] * (len(dims) - len(out)) + out
+        out = [*[1] * (len(dims) - len(out)), *out]
         for i, dim in enumerate(dims, start=len(out) - len(dims)):
             if out[i] == 1:
                 out[i] = dim
             elif dim not in (1, out[i]):
                 return None
     return tuple(out)
-
-
-BROADCAST: tuple[Rule, ...] = (SinkBroadcast(), DropBroadcast())
-__all__ = ["BROADCAST", "POINTWISE", "DropBroadcast", "SinkBroadcast", "TensorSpec", "broadcast_shape"]

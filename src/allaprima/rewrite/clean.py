@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph import Dim, TensorSpec, argument, arguments, aten, call, is_call, is_tensor, replace, shape, spec
-from .rule import Rule
+from ..graph import Dim, argument, arguments, aten, call, is_call, is_tensor, replace, shape, spec
+from .rule import Rule, source
 
 # ---- one spelling --------------------------------------------------------------------------------------------------
 
@@ -125,13 +125,13 @@ class RemoveNoOps(Rule):
     roots = tuple(NO_OPS)
 
     def match(self, node: Node) -> Node | None:
-        x = node.args[0]
-        if not is_tensor(x) or not is_tensor(node) or x.meta["spec"] != node.meta["spec"]:  # type: ignore[union-attr]
+        x, target = source(node), node.target
+        if not is_tensor(x) or not is_tensor(node) or spec(x) != spec(node):
             return None
-        return node if NO_OPS[node.target](node) else None  # type: ignore[index]
+        return node if callable(target) and NO_OPS[target](node) else None
 
     def rewrite(self, found: Node) -> None:
-        replace(found, found.args[0])  # type: ignore[arg-type]
+        replace(found, source(found))
 
 
 # ---- views of views ------------------------------------------------------------------------------------------------
@@ -163,20 +163,18 @@ class ComposePermutes(Rule):
     roots = (aten.permute.default, aten.transpose.int, aten.t.default)
 
     def match(self, node: Node) -> tuple[Node, Node, tuple[int, ...]] | None:
-        outer, inner = permutation(node), permutation(node.args[0])
-        if outer is None:
-            return None
-        source: Any = node.args[0]
-        if inner is not None:
-            source, outer = source.args[0], tuple(inner[axis] for axis in outer)
-        elif outer != tuple(range(len(outer))):
-            return None
-        return node, source, outer
+        x, order, inner = source(node), permutation(node), permutation(source(node))
+        if order is not None and inner is not None:
+            return node, source(x), tuple(inner[axis] for axis in order)
+        return (node, x, order) if order is not None and _is_identity(order) else None
 
     def rewrite(self, found: tuple[Node, Node, tuple[int, ...]]) -> None:
-        node, source, order = found
-        identity = order == tuple(range(len(order)))
-        replace(node, source if identity else permuted(node, source, order))
+        node, x, order = found
+        replace(node, x if _is_identity(order) else permuted(node, x, order))
+
+
+def _is_identity(order: tuple[int, ...]) -> bool:
+    return order == tuple(range(len(order)))
 
 
 class ComposeReshapes(Rule):
@@ -186,14 +184,12 @@ class ComposeReshapes(Rule):
     inner = (aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim)
 
     def match(self, node: Node) -> tuple[Node, Node] | None:
-        source = node.args[0]
-        if not is_call(source, *self.inner):
-            return None
-        return node, source.args[0]  # type: ignore[union-attr, return-value]
+        inner = source(node)
+        return (node, source(inner)) if is_call(inner, *self.inner) else None
 
     def rewrite(self, found: tuple[Node, Node]) -> None:
-        node, source = found
-        node.args = (source, *node.args[1:])
+        node, x = found
+        node.args = (x, *node.args[1:])
 
 
 # ---- everything once -----------------------------------------------------------------------------------------------
@@ -225,18 +221,3 @@ def _is_pure(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return True
     return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
-
-
-def same_spec(a: Node, b: Node) -> bool:
-    return isinstance(a.meta.get("spec"), TensorSpec) and a.meta["spec"] == b.meta.get("spec")
-
-
-CLEAN: tuple[Rule, ...] = (
-    ViewToReshape(),
-    CastToDtype(),
-    SizesFromInputs(),
-    RemoveNoOps(),
-    ComposePermutes(),
-    ComposeReshapes(),
-    MergeEqualCalls(),
-)

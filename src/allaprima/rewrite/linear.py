@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch.fx import Node
 
-from ..graph import argument, aten, call, is_call, replace, shape, spec
-from .rule import Rule
+from .. import ops
+from ..graph import argument, aten, call, is_call, is_tensor, replace, shape, sole_user, spec
+from .clean import permutation, permuted
+from .rule import Rule, source
 
 
 class MergeSiblingLinears(Rule):
@@ -20,7 +23,8 @@ class MergeSiblingLinears(Rule):
     roots = (aten.linear.default,)
 
     def match(self, node: Node) -> list[list[Node]] | None:
-        siblings = [u for u in node.args[0].users if is_call(u, aten.linear.default) and u.args[0] is node.args[0]]  # type: ignore[union-attr]
+        x = source(node)
+        siblings = [u for u in x.users if is_call(u, aten.linear.default) and source(u) is x]
         if len(siblings) < 2 or any(other < node for other in siblings):
             return None
         groups: dict[Any, list[Node]] = {}
@@ -47,24 +51,96 @@ class MergeSiblingLinears(Rule):
 
 
 def _merge(group: list[Node]) -> None:
-    first, x = group[0], group[0].args[0]
+    first = group[0]
     weights, biases = [_weight(n) for n in group], [_bias(n) for n in group]
-    widths = [shape(w)[0] for w in weights]
-    total = sum(widths)  # type: ignore[arg-type]
+    widths = [int(shape(w)[0]) for w in weights]
+    total = sum(widths)
     weight = call(first, aten.cat.default, (weights, 0), spec(weights[0]).with_shape((total, shape(weights[0])[1])))
-    args: tuple[Any, ...] = (x, weight)
+    args: tuple[Any, ...] = (source(first), weight)
     if biases[0] is not None:
         args += (call(first, aten.cat.default, (biases, 0), spec(biases[0]).with_shape((total,))),)
     merged = call(first, aten.linear.default, args, spec(first).with_shape((*shape(first)[:-1], total)))
     axis, start = len(shape(first)) - 1, 0
     for node, width in zip(group, widths, strict=True):
-        replace(node, call(node, aten.slice.Tensor, (merged, axis, start, start + width), spec(node)))  # type: ignore[operator]
-        start += width  # type: ignore[operator]
+        replace(node, call(node, aten.slice.Tensor, (merged, axis, start, start + width), spec(node)))
+        start += width
 
 
-def _weight(linear: Node) -> Node:
-    return argument(linear, 1, "weight")  # type: ignore[no-any-return]
+def _weight(linear: Node) -> Any:
+    return argument(linear, 1, "weight")
 
 
-def _bias(linear: Node) -> Node | None:
-    return argument(linear, 2, "bias")  # type: ignore[no-any-return]
+def _bias(linear: Node) -> Any:
+    return argument(linear, 2, "bias")
+
+
+class GegluLinear(Rule):
+    """h · gelu(g) where [h, g] = chunk(linear(x), 2) is geglu_linear(x)."""
+
+    roots = (aten.gelu.default,)
+    backend = "cuda"
+
+    def match(self, node: Node) -> tuple[Node, Node, Node] | None:
+        """(multiplication, gelu, linear)"""
+        gate = source(node)
+        if not is_call(gate, operator.getitem) or gate.args[1] != 1 or not is_call(source(gate), aten.chunk.default):
+            return None
+        chunk = source(gate)
+        product: Any = sole_user(node)
+        if not is_call(source(chunk), aten.linear.default) or not is_call(product, aten.mul.Tensor):
+            return None
+        other = product.args[1] if product.args[0] is node else product.args[0]
+        halves = is_call(other, operator.getitem) and other.args == (chunk, 0)
+        return (product, node, source(chunk)) if halves else None
+
+    def declines(self, found: tuple[Node, Node, Node]) -> str | None:
+        _, _, linear = found
+        chunk: Any = next(iter(linear.users))
+        if sole_user(linear) is None or any(sole_user(half) is None for half in chunk.users):
+            return f"the halves of {linear.name} have other readers"
+        last = argument(chunk, 2, "dim", 0) in (-1, len(shape(linear)) - 1)
+        return None if last and argument(chunk, 1, "chunks") == 2 else "the halves are not those of the last axis"
+
+    def rewrite(self, found: tuple[Node, Node, Node]) -> None:
+        product, gelu, linear = found
+        args = (source(linear), _weight(linear), _bias(linear), gelu.kwargs.get("approximate", "none"))
+        replace(product, call(product, ops.geglu_linear, args, spec(product)))
+
+
+class LinearAdd(Rule):
+    """linear(x) + r = linear_add(x, r); permute(linear(x)) + r = permute(linear_add(x, permute⁻¹(r)))."""
+
+    roots = (aten.add.Tensor,)
+    backend = "cuda"
+
+    def match(self, node: Node) -> tuple[Node, Node, Node] | None:
+        """(addition, linear or its permutation, addend); of two linears the later one takes the other's result."""
+        terms: list[Any] = [a for a in node.args[:2] if is_tensor(a)]
+        linears = [a for a in terms if sole_user(a) is node and _linear_below(a) is not None]
+        if len(terms) < 2 or terms[0] is terms[1] or not linears:
+            return None
+        linear = max(linears)
+        return node, linear, terms[0] if terms[1] is linear else terms[1]
+
+    def declines(self, found: tuple[Node, Node, Node]) -> str | None:
+        node, linear, addend = found
+        if argument(node, 2, "alpha", 1) != 1:
+            return "the addition has a factor"
+        return None if spec(linear) == spec(addend) == spec(node) else "the addition broadcasts or casts"
+
+    def rewrite(self, found: tuple[Node, Node, Node]) -> None:
+        node, term, addend = found
+        linear: Any = _linear_below(term)
+        order = permutation(term)
+        if order is not None:
+            addend = permuted(node, addend, [order.index(axis) for axis in range(len(order))])
+        args = (source(linear), _weight(linear), _bias(linear), addend)
+        fused = call(node, ops.linear_add, args, spec(linear))
+        replace(node, fused if order is None else permuted(node, fused, order))
+
+
+def _linear_below(term: Any) -> Node | None:
+    """The linear that is this term or whose permutation it is."""
+    if permutation(term) is not None and sole_user(source(term)) is not None:
+        term = source(term)
+    return term if is_call(term, aten.linear.default) else None

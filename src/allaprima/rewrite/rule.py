@@ -39,6 +39,11 @@ class Rule:
         raise NotImplementedError
 
 
+def source(node: Node) -> Any:
+    """What a call reads first: for most operators the tensor that they work on."""
+    return node.args[0]
+
+
 @dataclass(frozen=True)
 class Declined:
     node: str

@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 from .attention import AttentionWithoutTransposes
-from .broadcast import BROADCAST
-from .clean import CLEAN
-from .linear import MergeSiblingLinears
+from .broadcast import DropBroadcast, SinkBroadcast
+from .clean import (
+    CastToDtype,
+    ComposePermutes,
+    ComposeReshapes,
+    MergeEqualCalls,
+    RemoveNoOps,
+    SizesFromInputs,
+    ViewToReshape,
+)
+from .conv import ConvAdd, UpsampleConv
+from .layout import ChannelsLastInputs, ChannelsLastWeights, PointwiseConvFromRows, PointwiseConvToRows
+from .linear import GegluLinear, LinearAdd, MergeSiblingLinears
+from .norm import AddLayerNorm, GroupNormSilu, NoConcatenation
 from .rule import Rule
 
 PORTABLE: tuple[Rule, ...] = (
-    *CLEAN,
-    *BROADCAST,
+    ViewToReshape(),
+    CastToDtype(),
+    SizesFromInputs(),
+    RemoveNoOps(),
+    ComposePermutes(),
+    ComposeReshapes(),
+    MergeEqualCalls(),
+    SinkBroadcast(),
+    DropBroadcast(),
+    PointwiseConvToRows(),
+    PointwiseConvFromRows(),
     AttentionWithoutTransposes(),
     MergeSiblingLinears(),
+    UpsampleConv(),
 )
-"""Rules whose result any backend can run."""
+"""What any backend can run."""
+
+CHANNELS_LAST: tuple[Rule, ...] = (ChannelsLastWeights(), ChannelsLastInputs())
+"""For backends whose convolutions want their channels last and do not see to it themselves."""
+
+CUDA: tuple[Rule, ...] = (
+    GroupNormSilu(),
+    NoConcatenation(),
+    GegluLinear(),
+    ConvAdd(),
+    LinearAdd(),
+    AddLayerNorm(),
+    ComposePermutes(),
+    *CHANNELS_LAST,
+    MergeEqualCalls(),
+)
+"""The fused operators for which we have kernels on CUDA."""
+
+_BY_BACKEND = {
+    "portable": PORTABLE,
+    "aten": PORTABLE,
+    "openvino": PORTABLE,
+    "cuda": PORTABLE + CUDA,
+}
 
 
 def rules_for(backend: str) -> tuple[Rule, ...]:
-    """The rules for a backend: "portable", "aten", "openvino" or "cuda"."""
-    return {"portable": PORTABLE}[backend]
+    """The rules for a backend, in order.  raises KeyError for a backend without a list."""
+    return _BY_BACKEND[backend]

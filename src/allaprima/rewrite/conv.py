@@ -1,0 +1,100 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from torch.fx import Node
+
+from .. import ops
+from ..graph import Dim, argument, arguments, aten, call, evaluate, is_call, is_tensor, replace, shape, sole_user, spec
+from .rule import Rule, source
+
+
+class UpsampleConv(Rule):
+    """conv3×3(upsample_nearest(x)) = upsample_conv(x), which a backend may run folded: four 2×2 convolutions over x.
+
+    The folded taps are a function of the weight alone, hence computed once.  Holds for every target size; the folded
+    form is for targets of 2n and 2n - 1, which is looked at when the sizes are known.
+    """
+
+    roots = (aten.conv2d.default,)
+
+    def match(self, node: Node) -> tuple[Node, Node, dict[str, Any]] | None:
+        up = source(node)
+        return (node, up, arguments(node)) if is_call(up, aten.upsample_nearest2d.vec) else None
+
+    def declines(self, found: tuple[Node, Node, dict[str, Any]]) -> str | None:
+        _, up, named = found
+        if sole_user(up) is None:
+            return f"{up.name} has other readers"
+        if shape(named["weight"])[2:] != (3, 3):
+            return "the kernel is not 3×3"
+        if list(named["padding"]) != [1, 1]:
+            return "the padding is not 1"
+        if any(s != 1 for s in (*named["stride"], *named["dilation"], named["groups"])):
+            return "it has a stride, a dilation or groups"
+        return None if _doubles(up) else "the target is not twice the input"
+
+    def rewrite(self, found: tuple[Node, Node, dict[str, Any]]) -> None:
+        node, up, named = found
+        weight, size = named["weight"], argument(up, 1, "output_size")
+        outputs, inputs, *_ = shape(weight)
+        taps = spec(weight).with_shape((4 * int(outputs), inputs, 2, 2))
+        folded = call(node, ops.fold_upsample_weight, (weight,), taps)
+        args = (source(up), weight, folded, named["bias"], *(size or (None, None)))
+        replace(node, call(node, ops.upsample_conv, args, spec(node)))
+
+
+def _doubles(up: Node) -> bool:
+    """Whether the target is 2n or 2n - 1, as far as trying sizes tells.
+
+    Trying is enough: nothing becomes wrong by an error here, only a derived weight is kept in vain.
+    """
+    if argument(up, 1, "output_size") is None:
+        return [float(s) for s in argument(up, 2, "scale_factors")] == [2.0, 2.0]
+    return all(_doubles_dim(n, t) for n, t in zip(shape(source(up))[2:], shape(up)[2:], strict=True))
+
+
+def _doubles_dim(dim: Dim, target: Dim) -> bool:
+    names = {word for word in "".join(c if c.isalnum() else " " for c in f"{dim} {target}").split() if word[0] == "s"}
+    sizes = (7, 8, 9, 10, 32, 65, 128)
+    for values in product(sizes, repeat=len(names)) if len(names) < 4 else ():
+        symbols = dict(zip(sorted(names), values, strict=True))
+        if 2 * evaluate(dim, symbols) - evaluate(target, symbols) not in (0, 1):
+            return False
+    return len(names) < 4
+
+
+class ConvAdd(Rule):
+    """conv2d(x) + r = conv2d_add(x, r): a residual, or the timestep's embedding [B or 1, K, 1, 1], in the epilogue."""
+
+    roots = (aten.add.Tensor,)
+    backend = "cuda"
+
+    def match(self, node: Node) -> tuple[Node, Node, Node] | None:
+        """(addition, convolution, addend); of two convolutions the later one takes the other's result."""
+        terms: list[Any] = [a for a in node.args[:2] if is_tensor(a)]
+        convs = [a for a in terms if is_call(a, aten.conv2d.default) and sole_user(a) is node]
+        if len(terms) < 2 or terms[0] is terms[1] or not convs:
+            return None
+        conv = max(convs)
+        return node, conv, terms[0] if terms[1] is conv else terms[1]
+
+    def declines(self, found: tuple[Node, Node, Node]) -> str | None:
+        node, conv, addend = found
+        if argument(node, 2, "alpha", 1) != 1:
+            return "the addition has a factor"
+        if spec(conv) != spec(node) or spec(addend).dtype != spec(node).dtype:
+            return "the addition broadcasts or casts the convolution"
+        rows, *rest = shape(addend) if len(shape(addend)) == 4 else (None, None)
+        fits = rows in (1, shape(node)[0]) and rest in ([shape(node)[1], 1, 1], list(shape(node)[1:]))
+        return None if fits else "the addend is broadcast along some other axis"
+
+    def rewrite(self, found: tuple[Node, Node, Node]) -> None:
+        node, conv, addend = found
+        named = arguments(conv)
+        args = (*(named[n] for n in ("input", "weight", "bias")), addend)
+        args += tuple(named[n] for n in ("stride", "padding", "dilation", "groups"))
+        replace(node, call(node, ops.conv2d_add, args, spec(node)))
