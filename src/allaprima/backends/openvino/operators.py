@@ -7,7 +7,6 @@ results.  Entries swallow arguments that have no bearing on inference in `**_`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +82,8 @@ def _to(t: Translator, x: Any, **_: Any) -> Any:
 
 
 @translates("operator.getitem")
-def _getitem(t: Translator, arg0: list[Any], arg1: int) -> Any:
-    return arg0[arg1]
+def _getitem(t: Translator, a: list[Any], b: int) -> Any:
+    return a[b]
 
 
 # ---- one tensor ----------------------------------------------------------------------------------------------------
@@ -852,15 +851,57 @@ def _upsample_bilinear(t: Translator, input: Any, output_size: Any, align_corner
                           nearest_mode="floor", axes=t.ints([2, 3]))  # fmt: skip
 
 
-# ---- allaprima's own operators -------------------------------------------------------------------------------------
+# ---- allaprima's own operators: OpenVINO fuses epilogues itself, so they are written out -----------------------------
 
 
 @translates("allaprima.ops.attention")
-def _attention_bnhd(t: Translator, arg0: Any, arg1: Any, arg2: Any, arg3: Any = None, mask: Any = None,
-                    scale: float | None = None) -> Any:  # fmt: skip
-    """[B, N, H, D]: the transposes around it are views to the CPU plugin."""
+def _attention_rows_first(t: Translator, q: Any, k: Any, v: Any, mask: Any, scale: float | None, causal: bool) -> Any:
+    """[B, N, H, D]."""
     order = t.ints([0, 2, 1, 3])
-    q, k, v = (op.transpose(x, order).output(0) for x in (arg0, arg1, arg2))
-    scale = math.sqrt(1 / t.spec_of(0).shape[-1]) if scale is None else scale  # type: ignore[operator]
-    mask = t.constant(0.0) if arg3 is None and mask is None else arg3 if mask is None else mask
-    return op.transpose(op.scaled_dot_product_attention(q, k, v, mask, t.constant(float(scale)), False), order)
+    q, k, v = (op.transpose(x, order).output(0) for x in (q, k, v))
+    return op.transpose(_attention(t, q, k, v, mask, 0.0, causal, scale), order)
+
+
+@translates("allaprima.ops.conv2d_add")
+def _conv_add(t: Translator, addend: Any, x: Any, **convolution: Any) -> Any:
+    return op.add(_conv(t, x, **convolution), addend)
+
+
+@translates("allaprima.ops.conv2d_cat")
+def _conv_cat(t: Translator, sources: list[Any], **convolution: Any) -> Any:
+    return _conv(t, op.concat(sources, 1), **convolution)
+
+
+@translates("allaprima.ops.linear_add")
+def _linear_add(t: Translator, x: Any, weight: Any, bias: Any, addend: Any) -> Any:
+    return op.add(_linear(t, x, weight, bias), addend)
+
+
+@translates("allaprima.ops.geglu_linear")
+def _geglu_linear(t: Translator, x: Any, weight: Any, bias: Any, approximate: str) -> Any:
+    both = _linear(t, x, weight, bias).output(0)
+    h, g = op.split(both, t.constant(rank(both) - 1, I64), 2).outputs()
+    return op.multiply(h, _gelu(t, g, approximate))
+
+
+@translates("allaprima.ops.group_norm_silu")
+def _group_norm_silu(t: Translator, x: Any, groups: int, weight: Any, bias: Any, eps: float) -> Any:
+    return op.swish(op.group_normalization(x, weight, bias, groups, eps))
+
+
+@translates("allaprima.ops.group_norm_silu_cat")
+def _group_norm_silu_cat(t: Translator, sources: list[Any], groups: int, weight: Any, bias: Any, eps: float) -> Any:
+    return op.swish(op.group_normalization(op.concat(sources, 1), weight, bias, groups, eps))
+
+
+@translates("allaprima.ops.add_layer_norm")
+def _add_layer_norm(t: Translator, x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> list[Any]:
+    total = op.add(x, residual).output(0)
+    return [total, _layer_norm(t, total, [0], weight, bias, eps)]
+
+
+@translates("allaprima.ops.upsample_conv", "allaprima.ops.upsample_conv_folded")
+def _upsample_conv(t: Translator, x: Any, weight: Any, folded: Any, bias: Any, height: Any, width: Any) -> Any:
+    large = _upsample_nearest(t, t.spec.shape[2:], None, x).output(0)
+    product = op.convolution(large, weight, [1, 1], [1, 1], [1, 1], [1, 1])
+    return product if bias is None else op.add(product, _channels(t, bias, 2))

@@ -6,7 +6,9 @@ the model is compiled.  Sizes are i64 scalars, read off the inputs' shapes once 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -99,20 +101,11 @@ class Translator:
         return [_output(v) for v in found] if isinstance(found, list) else _output(found)
 
     def _arguments(self, node: Node) -> dict[str, Any]:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
-            return {f"arg{i}": self._value(a) for i, a in enumerate(node.args)} | {
-                k: self._value(v) for k, v in node.kwargs.items()
-            }
-        named: dict[str, Any] = {}
-        for i, arg in enumerate(schema.arguments):
-            name = "x" if arg.name == "self" else arg.name
-            if i < len(node.args):
-                named[name] = self._value(node.args[i])
-            elif arg.name in node.kwargs:
-                named[name] = self._value(node.kwargs[arg.name])
-            else:
-                named[name] = arg.default_value
+        named = dict(_parameters(node.target))
+        for name, argument in zip(named, node.args, strict=False):
+            named[name] = self._value(argument)
+        for name, argument in node.kwargs.items():
+            named[name] = self._value(argument)
         return named
 
     def _value(self, argument: Any) -> Any:
@@ -237,6 +230,14 @@ class Translator:
         if free:
             target[max(free, key=lambda i: len(target[i]))] = -1
         return op.reshape(x, self.dims(target), True).output(0)
+
+
+@lru_cache(maxsize=1024)
+def _parameters(target: Any) -> dict[str, Any]:
+    """The names of a function's parameters and their defaults; `self` is called x."""
+    if isinstance(target, torch._ops.OpOverload):
+        return {"x" if a.name == "self" else a.name: a.default_value for a in target._schema.arguments}
+    return {p.name: p.default for p in inspect.signature(target).parameters.values()}
 
 
 def _output(value: Any) -> Output:
