@@ -304,6 +304,19 @@ class Engine:
             self.events.loaded += 1
             yield graph
 
+    # -- looking inside
+
+    def runners(self) -> list[Runner]:
+        """The programs of the module's present form."""
+        return [r for key, runners in self._runners.items() if key[:2] == self._place for r in runners]
+
+    def weight_bytes(self) -> int:
+        unique = {t.data_ptr(): t.numel() * t.itemsize for t in self._sources.tensors.values()}
+        return sum(unique.values())
+
+    def derived_bytes(self) -> int:
+        return sum(r.binding.derived_bytes() for r in self.runners())
+
     # -- weights
 
     def rebind(self) -> None:
@@ -327,8 +340,7 @@ class Engine:
     def _check_budget(self, runner: Runner, symbols: dict[str, int]) -> None:
         if self.config.memory_limit is None:
             return
-        weights = sum(t.numel() * t.itemsize for t in self._sources.tensors.values())
-        needed = weights + max((peak_bytes(s.graph, symbols) for s in runner.program.stages.values()), default=0)
+        needed = self.weight_bytes() + max((peak_bytes(s.graph, symbols) for s in runner.program.stages.values()), default=0)
         if needed > self.config.memory_limit:
             raise SizeError(
                 f"{self.profile.name} at this size needs {needed / 2**30:.2f} GiB, the budget (Config.memory_limit) is "

@@ -20,7 +20,7 @@ _SIMPLE = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, 
 _MODULE_STATE = {
     name for name in nn.Module().__dict__ if name != "training"
 }  # parameters, buffers, hooks: looked at one by one below
-_IGNORED = _MODULE_STATE | {"forward", "_hf_hook", "_old_forward", "_name_or_path", "name_or_path"}
+_IGNORED = _MODULE_STATE | {"forward", "_output_capturing_hooks_installed", "_hf_hook", "_old_forward", "_name_or_path", "name_or_path"}
 
 
 def structure_key(module: nn.Module) -> str:
@@ -89,11 +89,20 @@ class StructureWatch:
     def hooked(self) -> str | None:
         """Which inner part has a forward hook, which an engine would bypass."""
         for part in self.parts:
-            if (part._forward_hooks or part._forward_pre_hooks) and part is not self.module:
+            if part is self.module:
+                continue
+            if (part._forward_hooks or part._forward_pre_hooks) and not _only_recorders(part):
                 return type(part).__name__
-            if part is not self.module and "_hf_hook" in part.__dict__:
+            if "_hf_hook" in part.__dict__:
                 return f"{type(part).__name__} (accelerate)"
         return None
+
+
+def _only_recorders(part: nn.Module) -> bool:
+    """transformers leaves hooks behind that record hidden states for `output_hidden_states`; the captured graph returns
+    those states itself."""
+    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    return all(getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing") for hook in hooks)
 
 
 def _values(part: nn.Module) -> tuple[Any, ...]:

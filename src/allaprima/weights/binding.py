@@ -50,11 +50,13 @@ class Binding:
     def __init__(self, program: Program) -> None:
         self._stage = program.stages.get(Time.WEIGHTS)
         self._derived: dict[str, torch.Tensor] = {}
+        self._sources_seen: list[torch.Tensor] = []
         self._dependencies = _dependencies(self._stage) if self._stage else {}
 
     def update(self, sources: Mapping[str, torch.Tensor], changed: Iterable[str]) -> set[str]:
         """Compute the derived buffers that `changed` touches.  returns the names of all changed values."""
         touched = set(changed)
+        self._sources_seen = list(sources.values())
         if self._stage is None:
             return touched
         stale = [
@@ -65,6 +67,12 @@ class Binding:
         if stale:
             self._derived.update(_evaluate(self._stage, stale, sources))
         return touched | set(stale)
+
+    def derived_bytes(self) -> int:
+        """Bytes of the buffers that are no views of parameters."""
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._derived.values()}
+        shared = {s.untyped_storage().data_ptr() for s in self._sources_seen}
+        return sum(size for pointer, size in own.items() if pointer not in shared)
 
     def values(self, graph: Graph, sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Placeholder name -> value, for a stage's weight placeholders."""

@@ -1,0 +1,255 @@
+"""The one file that knows diffusers: load, optimize, restore.
+
+An optimized pipeline stays the user's: same class, same call, same callbacks and schedulers.  Its components' `forward`
+becomes an engine, and three of the pipeline's own methods are wrapped on the instance: `check_inputs` (our errors),
+`encode_prompt` (clip_skip) and the image processor's `postprocess` (the numerics flag).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from torch import nn
+
+from . import profiles
+from .config import Config
+from .engine import Engine, Profile
+from .errors import AllaprimaError, ConfigError, InputError, SchedulerError, SizeError
+from .numerics import NumericsGuard
+from .schedulers import SCHEDULERS, set_scheduler
+from .weights.checkpoints import load
+
+__all__ = [
+    "SCHEDULERS", "Optimized", "as_task", "eager", "engines", "load", "optimize", "rebind", "restore", "set_scheduler",
+]  # fmt: skip
+
+TASKS: Mapping[str, type[DiffusionPipeline]] = {
+    "text2img": StableDiffusionPipeline,
+    "img2img": StableDiffusionImg2ImgPipeline,
+    "inpaint": StableDiffusionInpaintPipeline,
+}
+_STATE = "_allaprima"
+
+
+@dataclass
+class Optimized:
+    """What `optimize` did to a pipeline, and how to undo it."""
+
+    config: Config
+    guard: NumericsGuard
+    engines: dict[str, Engine] = field(default_factory=dict)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+
+# ---- optimize and restore ------------------------------------------------------------------------------------------
+
+
+def optimize(target: Any, config: Config | None = None) -> Any:
+    """Optimize a diffusers pipeline, or any module, in place.  returns it.
+
+    Text encoder, UNet, VAE decoder and encoder each get an engine.  Nothing is compiled now; each is captured at its
+    first call and never again, whatever the size, batch, prompt, scheduler or checkpoint.
+    raises  ConfigError where `target` is neither a pipeline nor a module
+    """
+    config = config or Config()
+    if isinstance(target, DiffusionPipeline):
+        if state(target) is not None:
+            restore(target)
+        _optimize_pipeline(target, config)
+    elif isinstance(target, nn.Module):
+        if isinstance(target.__dict__.get("forward"), Engine):
+            restore(target)
+        Engine(target, config).install()
+    else:
+        raise ConfigError(f"optimize() takes a diffusers pipeline or a torch.nn.Module, not a {type(target).__name__}.")
+    return target
+
+
+def restore(target: Any) -> Any:
+    """Undo `optimize`: the pipeline or module is exactly as before.  returns it; does nothing if it is not optimized."""
+    if isinstance(target, nn.Module):
+        if isinstance(engine := target.__dict__.get("forward"), Engine):
+            engine.remove()
+    elif (optimized := state(target)) is not None:
+        for undo in reversed(optimized.undo):
+            undo()
+        del target.__dict__[_STATE]
+    return target
+
+
+def rebind(target: Any) -> Any:
+    """Read all weights again: needed only after writes through `tensor.data`, which leave no trace.  returns target."""
+    for engine in engines(target).values():
+        engine.rebind()
+    return target
+
+
+def state(pipe: Any) -> Optimized | None:
+    found = pipe.__dict__.get(_STATE)
+    return found if isinstance(found, Optimized) else None
+
+
+def engines(target: Any) -> dict[str, Engine]:
+    """The engines of an optimized pipeline or module by component name; empty where there are none."""
+    if isinstance(target, nn.Module):
+        engine = target.__dict__.get("forward")
+        return {engine.profile.name: engine} if isinstance(engine, Engine) else {}
+    optimized = state(target)
+    return dict(optimized.engines) if optimized else {}
+
+
+@contextmanager
+def eager(target: Any) -> Iterator[Any]:
+    """Within this context every component runs its original forward: for comparing the two in one process."""
+    found = engines(target).values()
+    before = [engine.bypassed for engine in found]
+    for engine in found:
+        engine.bypassed = True
+    try:
+        yield target
+    finally:
+        for engine, bypassed in zip(found, before, strict=True):
+            engine.bypassed = bypassed
+
+
+def as_task(pipe: DiffusionPipeline, task: Literal["text2img", "img2img", "inpaint"]) -> DiffusionPipeline:
+    """The same components, and so the same engines, as a pipeline for another task.
+
+    raises  InputError for an unknown task
+    """
+    if task not in TASKS:
+        raise InputError(f"task {task!r}; allowed: {', '.join(TASKS)}.")
+    if type(pipe) is TASKS[task]:
+        return pipe
+    twin = TASKS[task](**pipe.components, requires_safety_checker=pipe.config.get("requires_safety_checker", False))
+    twin.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    if (optimized := state(pipe)) is not None:
+        shared = Optimized(optimized.config, optimized.guard, dict(optimized.engines))
+        twin.__dict__[_STATE] = shared
+        _wrap_methods(twin, shared)
+    return twin
+
+
+def _optimize_pipeline(pipe: Any, config: Config) -> None:
+    optimized = Optimized(config, NumericsGuard())
+    for name, module, profile in _components(pipe):
+        if isinstance(old := module.__dict__.get("forward"), Engine):
+            old.remove()  # a component shared with another optimized pipeline: the newest owner wins
+        engine = Engine(module, config, profile).install()
+        optimized.engines[name] = engine
+        optimized.undo.append(engine.remove)
+    if config.check_numerics:
+        _observe(optimized, pipe)
+    pipe.__dict__[_STATE] = optimized
+    _wrap_methods(pipe, optimized)
+
+
+def _components(pipe: Any) -> Iterator[tuple[str, nn.Module, Profile]]:
+    if isinstance(encoder := getattr(pipe, "text_encoder", None), nn.Module):
+        yield "text_encoder", encoder, profiles.text_encoder()
+    if isinstance(unet := getattr(pipe, "unet", None), nn.Module):
+        yield "unet", unet, profiles.unet(lambda: getattr(pipe.scheduler, "timesteps", None))
+    vae = getattr(pipe, "vae", None)
+    if isinstance(getattr(vae, "decoder", None), nn.Module):
+        yield "vae.decoder", vae.decoder, profiles.vae_decoder()
+    if isinstance(getattr(vae, "encoder", None), nn.Module):
+        yield "vae.encoder", vae.encoder, profiles.vae_encoder()
+
+
+def _observe(optimized: Optimized, pipe: Any) -> None:
+    if "unet" in optimized.engines:
+        optimized.engines["unet"].observe = optimized.guard.watch
+    if "vae.decoder" in optimized.engines:
+        optimized.engines["vae.decoder"].observe = functools.partial(optimized.guard.decoded, pipe.vae.decoder)
+
+
+# ---- the wrapped methods -------------------------------------------------------------------------------------------
+
+
+def _wrap_methods(pipe: Any, optimized: Optimized) -> None:
+    guard = optimized.guard
+    _wrap(pipe, "check_inputs", functools.partial(_checked, pipe, guard), optimized)
+    _wrap(pipe, "encode_prompt", functools.partial(_with_clip_skip, pipe), optimized)
+    if hasattr(pipe, "image_processor"):
+        _wrap(pipe.image_processor, "postprocess", functools.partial(_postprocessed, guard), optimized)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any], optimized: Optimized) -> None:
+    original = getattr(owner, name, None)
+    if original is None:
+        return
+    had = name in owner.__dict__
+    wrapped = functools.partial(wrapper, original)
+    functools.update_wrapper(wrapped, original)
+    owner.__dict__[name] = wrapped
+
+    def undo() -> None:
+        if had:
+            owner.__dict__[name] = original
+        else:
+            owner.__dict__.pop(name, None)
+
+    optimized.undo.append(undo)
+
+
+def _checked(pipe: Any, guard: NumericsGuard, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """diffusers' own checks, with our errors in front: they name the nearest size that can be drawn."""
+    guard.reset()
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    _check_scheduler(pipe)
+    for axis in ("height", "width"):
+        size = given.get(axis)
+        if size is not None and (not isinstance(size, int) or size % 8 or size < 8):
+            near = max(8, round(size / 8) * 8) if isinstance(size, int | float) else 512
+            raise SizeError(f"{axis} {size!r} is not a positive multiple of 8. The nearest is {near}.")
+    try:
+        return original(*args, **kwargs)
+    except AllaprimaError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+
+
+def _check_scheduler(pipe: Any) -> None:
+    missing = [n for n in ("set_timesteps", "scale_model_input", "init_noise_sigma") if not hasattr(pipe.scheduler, n)]
+    if missing:
+        raise SchedulerError(
+            f"{type(pipe.scheduler).__name__} does not fit {type(pipe).__name__}: it has no {', '.join(missing)}. "
+            f"Fitting ones: {', '.join(SCHEDULERS)} (allaprima.pipelines.set_scheduler)."
+        )
+
+
+def _with_clip_skip(pipe: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`encode_prompt` with a clip_skip that works: diffusers 0.42 reads `text_encoder.text_model.final_layer_norm`,
+    which transformers 5.6 renamed, and which BERT never had.  The old name stands only during this call, because
+    diffusers' LoRA loader takes it for a sign of the old layout."""
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    encoder = pipe.text_encoder
+    if given.get("clip_skip") is None or encoder is None or hasattr(encoder, "text_model"):
+        return original(*args, **kwargs)
+    norm = getattr(encoder, "final_layer_norm", None) or nn.Identity()
+    encoder.__dict__["text_model"] = SimpleNamespace(final_layer_norm=norm)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        del encoder.__dict__["text_model"]
+
+
+def _postprocessed(guard: NumericsGuard, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    guard.check()
+    return original(*args, **kwargs)
+
+
