@@ -92,7 +92,9 @@ def _leaf_key(path: str, leaf: Any) -> tuple[Any, ...]:
         return "tensor", leaf.dtype, leaf.dim(), leaf.device.type
     if isinstance(leaf, _CONSTANTS):
         return "constant", leaf
-    raise CaptureError(f"argument {path!r} is a {type(leaf).__name__}: only tensors, numbers, texts and None can be captured.")
+    raise CaptureError(
+        f"argument {path!r} is a {type(leaf).__name__}: only tensors, numbers, texts and None can be captured."
+    )
 
 
 # ---- which sizes change --------------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ class _Caller(torch.nn.Module):
         super().__init__()
         self.module = module
         # torch.export undoes what forward assigns to the module, so the result's structure leaves by this closure.
-        self._run = lambda bound: _flat(_apply(forward, bound), trees)
+        self._run: Callable[[Any], list[Any]] = lambda bound: _flat(_apply(forward, bound), trees)
         self._call = call
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
@@ -176,7 +178,7 @@ def _flat(result: Any, trees: list[pytree.TreeSpec]) -> list[Any]:
 
 def _apply(forward: Callable[..., Any], bound: dict[str, Any]) -> Any:
     signature = inspect.signature(forward)
-    arguments = inspect.BoundArguments(signature, dict(bound))  # type: ignore[arg-type]
+    arguments = inspect.BoundArguments(signature, dict(bound))
     return forward(*arguments.args, **arguments.kwargs)
 
 
@@ -305,7 +307,7 @@ class _Reader:
 
     def _symbol(self, symbol: Any) -> None:
         if symbol not in self.symbols:
-            import sympy
+            import sympy  # type: ignore[import-untyped]
 
             self.symbols[symbol] = sympy.Symbol(f"s{len(self.symbols)}", integer=True, positive=True)
 
@@ -378,7 +380,7 @@ def same_program(general: Graph, special: Graph, symbols: Mapping[str, int]) -> 
 
     def lines(graph: Graph) -> list[Any]:
         values: dict[Node, Any] = {}
-        out = []
+        out: list[Any] = []
         for node in graph.fx.nodes:
             found = node.meta.get("spec")
             if isinstance(found, SizeSpec):
@@ -389,7 +391,13 @@ def same_program(general: Graph, special: Graph, symbols: Mapping[str, int]) -> 
                 continue
             read = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
             values[node] = _Ref(len(out))
-            key = node.meta.get("source") if node.op == "placeholder" else None if node.op == "output" else target_name(node.target)
+            key = (
+                node.meta.get("source")
+                if node.op == "placeholder"
+                else None
+                if node.op == "output"
+                else target_name(node.target)
+            )
             out.append((node.op, key, repr(read)))
         return out
 

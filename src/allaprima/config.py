@@ -50,7 +50,7 @@ class Config:
         _positive("memory_limit", self.memory_limit)
         _positive("max_plans", self.max_plans)
         _positive("threads", self.threads)
-        if isinstance(self.cache_dir, str):
+        if self.cache_dir is not None:  # a text is as good as a Path
             object.__setattr__(self, "cache_dir", Path(self.cache_dir))
 
 

@@ -118,12 +118,12 @@ class Engine:
     # -- in and out of the module
 
     def install(self) -> Engine:
-        self.module.forward = self  # type: ignore[method-assign]
+        self.module.forward = self
         return self
 
     def remove(self) -> None:
         if self._replaced is not None:
-            self.module.forward = self._replaced  # type: ignore[method-assign]
+            self.module.forward = self._replaced
         else:
             self.module.__dict__.pop("forward", None)
 
@@ -340,7 +340,9 @@ class Engine:
     def _check_budget(self, runner: Runner, symbols: dict[str, int]) -> None:
         if self.config.memory_limit is None:
             return
-        needed = self.weight_bytes() + max((peak_bytes(s.graph, symbols) for s in runner.program.stages.values()), default=0)
+        needed = self.weight_bytes() + max(
+            (peak_bytes(s.graph, symbols) for s in runner.program.stages.values()), default=0
+        )
         if needed > self.config.memory_limit:
             raise SizeError(
                 f"{self.profile.name} at this size needs {needed / 2**30:.2f} GiB, the budget (Config.memory_limit) is "
@@ -423,7 +425,9 @@ class _RunningStage:
         given = [symbols[s] if role == "size" else values[s] for role, s in self._arguments]
         if self.stage.rows:
             name = self.stage.inputs[0]
-            given = [_as_rows(values[name]) if s == name else g for (_, s), g in zip(self._arguments, given, strict=True)]
+            given = [
+                _as_rows(values[name]) if s == name else g for (_, s), g in zip(self._arguments, given, strict=True)
+            ]
         return self.executable.run(given)
 
     def kept(self, values: Mapping[str, Any], symbols: Mapping[str, int], events: Events) -> list[Any]:
@@ -472,7 +476,7 @@ def row_of(timestep: Any, schedule: torch.Tensor | None) -> int | None:
         return None
     if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
         return None
-    row, rest = divmod(timestep.storage_offset() - schedule.storage_offset(), schedule.stride(0))
+    row, rest = divmod(int(timestep.storage_offset() - schedule.storage_offset()), int(schedule.stride(0)))
     return row if rest == 0 and 0 <= row < schedule.shape[0] else None
 
 
@@ -507,5 +511,5 @@ def raise_if_out_of_memory(error: BaseException) -> None:
         return
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "bad_alloc" in text:
         raise OutOfMemoryError(
-            f"out of memory: {str(error).splitlines()[0][:200]}. Draw a smaller size or batch; the pipeline stays usable."
+            f"out of memory: {text[:200]}. Draw a smaller size or batch; the pipeline stays usable."
         ) from error

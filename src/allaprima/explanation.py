@@ -115,7 +115,9 @@ def _lines(e: Explanation) -> list[str]:
     ]
     for s in e.stages:
         name = f"{s.component} · {s.time}"
-        lines.append(f"{name:<24}{s.runs:>6}{s.calls:>7}{s.linears:>8}{s.convolutions:>6}{s.attentions:>6}  {s.backend}")
+        lines.append(
+            f"{name:<24}{s.runs:>6}{s.calls:>7}{s.linears:>8}{s.convolutions:>6}{s.attentions:>6}  {s.backend}"
+        )
     lines += ["", "rules fired"]
     lines += [f"  {count:>5} × {rule}" for rule, count in sorted(e.fired.items(), key=lambda item: -item[1])]
     if e.declined:

@@ -20,7 +20,14 @@ _SIMPLE = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, 
 _MODULE_STATE = {
     name for name in nn.Module().__dict__ if name != "training"
 }  # parameters, buffers, hooks: looked at one by one below
-_IGNORED = _MODULE_STATE | {"forward", "_output_capturing_hooks_installed", "_hf_hook", "_old_forward", "_name_or_path", "name_or_path"}
+_IGNORED = _MODULE_STATE | {
+    "forward",
+    "_output_capturing_hooks_installed",
+    "_hf_hook",
+    "_old_forward",
+    "_name_or_path",
+    "name_or_path",
+}
 
 
 def structure_key(module: nn.Module) -> str:
@@ -52,7 +59,9 @@ def _describe(value: Any, depth: int = 0) -> Any:
     if isinstance(value, _SIMPLE):
         return repr(value)
     if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        return hashlib.sha256(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
     if isinstance(value, type | FunctionType | MethodType):
         return f"{value.__module__}.{value.__qualname__}"
     if hasattr(value, "to_diff_dict"):  # a configuration of transformers
@@ -62,7 +71,9 @@ def _describe(value: Any, depth: int = 0) -> Any:
     if isinstance(value, dict):
         return {str(k): _describe(v, depth + 1) for k, v in value.items() if k not in _IGNORED}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_describe(v, depth + 1) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+        return [
+            _describe(v, depth + 1) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)
+        ]
     return [_class(value), _describe(getattr(value, "__dict__", {}), depth + 1)]
 
 
@@ -75,7 +86,9 @@ class StructureWatch:
         # The values are kept alive, so that a new object can never stand at an old one's address.
         self._attributes = [(p.__dict__, _values(p)) for p in self.parts]
         self._children = [(p._modules, tuple(p._modules.values())) for p in self.parts]
-        self._processors = [(a.__dict__, tuple(a.__dict__.values())) for a in map(_processor, self.parts) if a is not None]
+        self._processors = [
+            (a.__dict__, tuple(a.__dict__.values())) for a in map(_processor, self.parts) if a is not None
+        ]
 
     def unchanged(self) -> bool:
         for attributes, values in self._attributes:

@@ -80,7 +80,8 @@ class Graph:
 
     @property
     def output(self) -> Node:
-        return next(reversed(self.fx.nodes))
+        last: Node = list(self.fx.nodes)[-1]
+        return last
 
     @property
     def results(self) -> list[Any]:

@@ -47,9 +47,13 @@ class NumericsGuard:
         latents = args[0]
         if not bool(torch.isfinite(latents).all()):
             raise NumericsError("the latents hold NaN or Inf, so there is no picture to decode.")
-        warnings.warn(f"the VAE overflowed in {picture.dtype}; decoding again in float32.", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"the VAE overflowed in {picture.dtype}; decoding again in float32.", RuntimeWarning, stacklevel=2
+        )
         with torch.no_grad():
             again = copy.deepcopy(decoder).float()(latents.float())
         if not bool(torch.isfinite(again).all()):
-            raise NumericsError("the VAE decodes these latents to NaN or Inf even in float32: the checkpoint is broken.")
+            raise NumericsError(
+                "the VAE decodes these latents to NaN or Inf even in float32: the checkpoint is broken."
+            )
         return again.to(picture.dtype) if bool(torch.isfinite(again.to(picture.dtype)).all()) else again

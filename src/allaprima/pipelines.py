@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import torch
 from diffusers import (
     DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -79,7 +78,7 @@ def optimize(target: Any, config: Config | None = None) -> Any:
 
 
 def restore(target: Any) -> Any:
-    """Undo `optimize`: the pipeline or module is exactly as before.  returns it; does nothing if it is not optimized."""
+    """Undo `optimize`: the pipeline or module is exactly as before.  returns it; no error where it is not optimized."""
     if isinstance(target, nn.Module):
         if isinstance(engine := target.__dict__.get("forward"), Engine):
             engine.remove()
@@ -162,7 +161,7 @@ def _components(pipe: Any) -> Iterator[tuple[str, nn.Module, Profile]]:
         yield "text_encoder", encoder, profiles.text_encoder()
     if isinstance(unet := getattr(pipe, "unet", None), nn.Module):
         yield "unet", unet, profiles.unet(lambda: getattr(pipe.scheduler, "timesteps", None))
-    vae = getattr(pipe, "vae", None)
+    vae: Any = getattr(pipe, "vae", None)
     if isinstance(getattr(vae, "decoder", None), nn.Module):
         yield "vae.decoder", vae.decoder, profiles.vae_decoder()
     if isinstance(getattr(vae, "encoder", None), nn.Module):
@@ -251,5 +250,3 @@ def _with_clip_skip(pipe: Any, original: Callable[..., Any], *args: Any, **kwarg
 def _postprocessed(guard: NumericsGuard, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     guard.check()
     return original(*args, **kwargs)
-
-

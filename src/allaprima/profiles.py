@@ -1,4 +1,4 @@
-"""What is known of diffusers' and transformers' modules: which inputs change when, and how to bring calls to one form."""
+"""What is known of diffusers' and transformers' modules: which inputs change when, and one form for equal calls."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def _target_sizes_always(module: nn.Module) -> Iterator[None]:
     if before is None:
         yield
         return
-    module.num_upsamplers = 30
+    vars(module)["num_upsamplers"] = 30
     try:
         yield
     finally:
-        module.num_upsamplers = before
+        vars(module)["num_upsamplers"] = before

@@ -215,7 +215,8 @@ class _Sizes:
     def of(self, dim: Dim) -> Node | int:
         if not isinstance(dim, str):
             return dim
-        return self._build(ast.parse(dim, mode="eval").body)
+        built: Node | int = self._build(ast.parse(dim, mode="eval").body)
+        return built
 
     def _build(self, tree: ast.expr) -> Any:
         text = ast.unparse(tree)

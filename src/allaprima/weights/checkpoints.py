@@ -87,7 +87,7 @@ def _open(source: str, dtype: torch.dtype, config: str | Path | None) -> StableD
 
 
 def check_safetensors(path: Path) -> None:
-    """Read the header and every tensor's bounds.  raises CheckpointError for a file that is missing, truncated or hostile."""
+    """Read the header and every tensor's bounds.  raises CheckpointError for a missing, truncated or hostile file."""
     if not path.is_file():
         raise CheckpointError(f"no file {path}.")
     try:
@@ -126,7 +126,7 @@ def _pretrained(source: str, dtype: torch.dtype) -> StableDiffusionPipeline:
             pipe = DiffusionPipeline.from_pretrained(source, requires_safety_checker=False, **options)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{source} cannot be loaded: {str(error)[:500]}") from error
-    return pipe  # type: ignore[no-any-return]
+    return pipe
 
 
 def _single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> StableDiffusionPipeline:
@@ -137,7 +137,7 @@ def _single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> S
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return StableDiffusionPipeline.from_single_file(str(path), **options)  # type: ignore[no-any-return]
+            return StableDiffusionPipeline.from_single_file(str(path), **options)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path} cannot be loaded as a Stable Diffusion checkpoint: {str(error)[:400]}. Without network, give the "
