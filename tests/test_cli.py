@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from allaprima.cli import app, parse_lora
 from allaprima.errors import AdapterError, CaptureError
 from allaprima.infotext import read_png
 from tests import stand_ins
+from tests.tiny import tiny_pipeline
 
 COMMANDS = ("generate", "verify", "explain", "models", "doctor", "demo", "bench")
 FAST = ("--size", "64x64", "--steps", "2", "--seed", "5")
@@ -125,6 +127,53 @@ def test_generate_from_a_picture_and_a_mask(pipelines: stand_ins.Pipelines, here
 def test_bad_numbers_are_told(pipelines: stand_ins.Pipelines, here: Path) -> None:
     pipelines.bad_calls = 1
     assert "Warning: drawn without the optimizer: the latents hold NaN" in run("generate", "a", *FAST)
+
+
+# ---- with the real optimizer
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A diffusers folder with random weights."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def test_pictures_are_those_of_plain_diffusers(checkpoint: str, here: Path) -> None:
+    options = ("--model", checkpoint, "--dtype", "float32", "--steps", "3", "--size", "72x64")
+    run("generate", "a cat", "a dog", "--seed", "3", *options, "--output", "ours")
+    run("generate", "a cat", "a dog", "--seed", "3", *options, "--output", "eager", "--no-optimize")
+    for ours, eager in zip(sorted(here.glob("ours/*")), sorted(here.glob("eager/*")), strict=True):
+        assert ours.name == eager.name
+        with Image.open(ours) as a, Image.open(eager) as b:
+            assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 1
+
+
+def test_verify_and_explain(checkpoint: str, here: Path) -> None:
+    options = ("--model", checkpoint, "--dtype", "float32", "--size", "64x64")
+    assert run("verify", "a cat", "--steps", "2", *options).startswith("passed")
+    assert sorted(path.name for path in here.glob("outputs/*")) == ["verify.json", "verify.png"]
+    result = CliRunner().invoke(app, ["explain", "--json", *options])
+    assert json.loads(result.stdout)["fallbacks"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model", "emojy"), "unknown model 'emojy'. Nearest names:"),
+        (("--model", "missing.safetensors"), "no file missing.safetensors"),
+        (("--model", "broken.safetensors"), "broken.safetensors is no sound safetensors file"),
+        (("--model", "old.ckpt"), "pickle"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_explained(here: Path, arguments: tuple[str, ...], said: str) -> None:
+    (here / "broken.safetensors").write_bytes((99).to_bytes(8, "little") + b'{"a"')
+    assert said in run("generate", "a", *arguments, code=2)
+
+
+def test_an_unknown_scheduler_is_explained(checkpoint: str, here: Path) -> None:
+    assert "Euler a" in run("generate", "a", "--model", checkpoint, "--scheduler", "Eulre", code=2)
 
 
 # ---- bad input: exit 2, one message, no traceback, nothing loaded

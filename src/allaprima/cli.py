@@ -95,9 +95,6 @@ def options(
     allaprima verify "a red apple"
     allaprima models
     """
-    from .generation import quiet_libraries
-
-    quiet_libraries()
 
 
 @app.command()
@@ -186,10 +183,11 @@ def verify(
     allaprima verify "a cat" --size 264x200 --scheduler "Euler a" --task inpaint
     """
     from .generation import defaults, parse_size
-    from .verification import test_card, test_mask, verify
 
     asked = parse_size(size) if size else None
     pipe = _load(model, dtype, scheduler, [], optimized=True)
+    from .verification import test_card, test_mask, verify
+
     native, model_steps, guidance_scale = defaults(pipe, model)
     width, height = asked or (native, native)
     with _err().status("Drawing with and without the optimizer …"):
@@ -229,7 +227,6 @@ def explain(
     allaprima explain
     allaprima explain --model path/to/stable-diffusion-v1-5 --json
     """
-    from .explanation import explain
     from .generation import Request, draw, parse_size, settle
 
     request = Request((prompt,), size=parse_size(size) if size else None, steps=2, seed=0)
@@ -237,6 +234,8 @@ def explain(
     with _err().status("Drawing …"):
         for _ in draw(pipe, request, settle(request, pipe, model)):
             pass
+    from .explanation import explain
+
     explanation = explain(pipe)
     typer.echo(json.dumps(explanation.as_dict(), indent=2, default=str) if as_json else str(explanation))
 
@@ -321,6 +320,9 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def _load(model: str, dtype: Dtype, scheduler: str | None, adapters: list[tuple[str, float]], optimized: bool) -> Any:
+    from .generation import quiet_libraries
+
+    quiet_libraries()  # before what follows imports them
     from .pipelines import load, optimize, set_scheduler
 
     with _err().status(f"Loading {_escaped(model)} …"):

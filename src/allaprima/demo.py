@@ -172,7 +172,8 @@ def sheet(rows: list[tuple[str, tuple[Picture, ...]]], font: Any, knows_chinese:
 
 def label_lines(text: str, font: Any, width: int) -> list[str]:
     """Two lines at most, none wider than `width` pixels.  Latin words are kept whole; Chinese may break anywhere."""
-    lines, rest = [], text.strip()
+    lines: list[str] = []
+    rest = text.strip()
     while rest and len(lines) < 2:
         end = len(rest)
         while end > 1 and font.getlength(rest[:end]) > width:

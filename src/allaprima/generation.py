@@ -7,7 +7,6 @@ Picture    one image with the text that draws it again
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import time
@@ -372,9 +371,13 @@ def _check_range(name: str, value: float | None, low: float, high: float = float
 
 
 def quiet_libraries() -> None:
-    """Keep diffusers' and transformers' advice to programmers off the terminal; call before they are imported."""
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
+    """Keep diffusers' and transformers' advice to programmers, and their bars, off the terminal."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    for log in (diffusers_log, transformers_log):
+        log.set_verbosity_error()
+        log.disable_progress_bar()
 
 
 @contextmanager
