@@ -364,11 +364,11 @@ class Report:
 
     @property
     def error_eager(self) -> float | None:
-        return self.eager and self.eager.picture
+        return self.eager.picture if self.eager else None
 
     @property
     def error_ours(self) -> float | None:
-        return self.ours and self.ours.picture
+        return self.ours.picture if self.ours else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; numbers that JSON does not know are the strings "inf" and "nan"."""
@@ -465,7 +465,7 @@ def verify(
              run, or do not (False).  For a float32 pipeline True means eager itself.
     returns  Report; `.passed` is PSNR to eager ≥ 60 dB in float32, and in half precision no more error than 1.1 times
              eager's in the median step and in the decoding, and nowhere twice eager's
-    raises   InputError
+    raises   InputError, ConfigError where the pipeline is not optimized
     """
     settings = dict(locals())
     del settings["pipe"], settings["truth"]
@@ -476,6 +476,7 @@ class Verifier:
     """Verifies many drawings of one pipeline; the float32 copy is made once."""
 
     def __init__(self, pipe: Any, truth: bool | Literal["float32", "float64"] = True) -> None:
+        fallbacks(pipe)  # raises where there is nothing to verify
         self.pipe = pipe
         self.dtype: torch.dtype = pipe.unet.dtype
         self.half = self.dtype in (torch.float16, torch.bfloat16)
@@ -495,7 +496,7 @@ class Verifier:
             drawing=drawing,
             dtype=_name(self.dtype),
             device=str(pipe.device),
-            truth=self.truth_dtype and _name(self.truth_dtype),
+            truth=_name(self.truth_dtype) if self.truth_dtype else None,
             images=(_pil(theirs.pixels), _pil(ours.pixels)),
             differences=_pil(np.abs(theirs.pixels - ours.pixels) * DIFFERENCE_GAIN),
             psnrs=psnrs,
@@ -533,10 +534,10 @@ def _truth_dtype(truth: bool | str, half: bool) -> torch.dtype | None:
 
 
 def fallbacks(pipe: Any) -> tuple[str, ...]:
-    """One line for each call that ran eager inside the optimized pipeline."""
+    """One line for each reason why calls of the optimized pipeline ran eager.  raises   ConfigError if it is not one"""
     from .explanation import explain
 
-    return tuple(str(item) for item in explain(pipe).fallbacks)
+    return tuple(f"{count} x {why}" for why, count in explain(pipe).fallbacks.items())
 
 
 def _name(dtype: torch.dtype) -> str:
