@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,3 +99,54 @@ def rewritten(graph: Graph, rules: Sequence[Rule]) -> tuple[Graph, Rewritten]:
     report = rewrite(new, rules)
     verify(new)
     return new, report
+
+
+class _Function(torch.nn.Module):
+    """A module that is one function of its weights and up to three tensors."""
+
+    def __init__(self, function: Callable[..., Any], weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in weights.items():
+            self.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+
+    def forward(
+        self, x: torch.Tensor, y: torch.Tensor | None = None, z: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return self.function(self, *(t for t in (x, y, z) if t is not None))
+
+
+class Case:
+    """A small function, captured; what rules make of it."""
+
+    def __init__(
+        self, function: Callable[..., Any], *tensors: torch.Tensor, dims: DimRule | None = None, **weights: torch.Tensor
+    ) -> None:
+        self.module = _Function(function, weights).eval()
+        self.tensors = tensors
+        self.graph = graph_of(self.module, *tensors, dims=dims)
+        self.report = Rewritten()
+
+    def fires(self, *rules: Rule) -> int:
+        """Apply the rules.  returns how often the last one fired."""
+        self.graph, self.report = rewritten(self.graph, rules)
+        return self.report.fired[rules[-1].name]
+
+    def reason(self, *rules: Rule) -> str:
+        """Apply the rules, of which the last must not fire.  returns why it declined; "" where it did not match."""
+        assert self.fires(*rules) == 0
+        return " | ".join(d.reason for d in self.report.declined if d.rule == rules[-1].name)
+
+    def count(self, *targets: Callable[..., Any]) -> int:
+        return self.graph.count(*targets)
+
+    def agrees(self, *calls: tuple[torch.Tensor, ...], tolerance: float = 1e-12) -> None:
+        """The graph computes what the function does, for the captured sizes and for others."""
+        for tensors in (self.tensors, *calls):
+            check_equal(self.graph, self.module, *tensors, tolerance=tolerance)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Seeded by the shape: the same for the same shape in every test."""
+    generator = torch.Generator().manual_seed(sum((i + 1) * 7919 * n for i, n in enumerate(shape)))
+    return torch.randn(shape, dtype=dtype, generator=generator)
