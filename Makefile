@@ -39,9 +39,16 @@ test: lint
 	$(BIN)/python -m pytest
 
 # Every number of the README comes from a file that one of these commands wrote under benchmarks/.
-prove: $(INSTALLED)
+prove: lint
 	$(BIN)/python -m pytest -m "slow or not slow"
-	$(BIN)/allaprima bench
+	$(BIN)/python -m allaprima.verification --model emoji --dtype float32
+	$(BIN)/python -m allaprima.verification --model emoji --dtype bfloat16
+	$(BIN)/python -m allaprima.verification --model emoji-zh --dtype float32
+	$(BIN)/python -m allaprima.verification --model emoji-zh-3d --dtype float32
+	$(BIN)/allaprima bench --model emoji --dtype float32
+	$(BIN)/allaprima bench --model emoji --dtype bfloat16
+	$(BIN)/allaprima bench --arch sd15 --dtype float32 --what step --sizes 256x256,512x512
+	$(BIN)/allaprima bench --arch sd15 --dtype bfloat16 --what step --sizes 256x256,512x512
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -292,7 +292,7 @@ def bench(ctx: typer.Context) -> None:
     """Time eager, OpenVINO, torch.compile and ours side by side."""
     from .bench.command import bench
 
-    program = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich")
+    program = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
     program.command()(bench)
     typer.main.get_command(program).main(args=ctx.args, prog_name="allaprima bench", standalone_mode=False)
 
