@@ -57,6 +57,13 @@ def test_every_source_file_says_what_it_holds() -> None:
     assert not [path for path in files if not ast.get_docstring(ast.parse(path.read_text()))]
 
 
+def test_the_readme_has_a_line_for_every_part() -> None:
+    text = (ROOT / "README.md").read_text()
+    parts = [path for path in (ROOT / "src" / "allaprima").iterdir() if path.suffix == ".py" or path.is_dir()]
+    names = {f"{path.name}/" if path.is_dir() else path.name for path in parts if path.name != "__pycache__"}
+    assert not [name for name in names if f"\n  {name} " not in text]
+
+
 def test_files_are_named_for_what_they_hold() -> None:
     assert not [path for path in (ROOT / "src").rglob("*.py") if path.stem in VAGUE_NAMES]
 

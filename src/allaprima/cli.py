@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,7 +15,7 @@ from .errors import AdapterError, AllaprimaError, ConfigError, InputError, Model
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .generation import Picture, Request, Settings
+    from .generation import Request, Settings
 
 # The user gave something that cannot be used: exit 2, as for a wrong option.  Other errors: exit 1.
 BAD_INPUT = (AdapterError, ConfigError, InputError, ModelError)
@@ -33,6 +33,16 @@ class Task(StrEnum):
     text2img = "text2img"
     img2img = "img2img"
     inpaint = "inpaint"
+
+
+class Drawn(NamedTuple):
+    """What the summary says of one picture; the pixels are in the file."""
+
+    path: Path
+    seed: int
+    seconds: float
+    prompt: str
+    note: str
 
 
 def _show_version(asked: bool) -> None:
@@ -351,7 +361,7 @@ def _draw_and_save(pipe: Any, request: Request, model: str, optimized: bool, out
     from .generation import draw, save, settle
 
     settings = settle(request, pipe, model)
-    drawn: list[tuple[Path, Picture]] = []
+    drawn: list[Drawn] = []
     with Progress(console=_err(), transient=True) as progress:
         bar = progress.add_task(_title(request, settings), total=request.num_images)
         pictures = draw(
@@ -362,8 +372,9 @@ def _draw_and_save(pipe: Any, request: Request, model: str, optimized: bool, out
             on_step=lambda start, done: progress.update(bar, completed=start + done),
         )
         for picture in pictures:
-            drawn.append((save(picture, output), picture))
-    _show_pictures(drawn)
+            path = save(picture, output)
+            drawn.append(Drawn(path, picture.seed, picture.seconds, picture.info.prompt, picture.note))
+    _show_drawn(drawn)
 
 
 def _title(request: Request, settings: Settings) -> str:
@@ -371,16 +382,16 @@ def _title(request: Request, settings: Settings) -> str:
     return f"{images} of {settings.width}x{settings.height}, {settings.steps} steps"
 
 
-def _show_pictures(drawn: list[tuple[Path, Picture]]) -> None:
+def _show_drawn(drawn: list[Drawn]) -> None:
     from rich.table import Table
 
     table = Table("file", "seed", "seconds", "prompt", box=None, header_style="dim")
-    for path, picture in drawn:
-        table.add_row(str(path), str(picture.seed), f"{picture.seconds:.2f}", _escaped(picture.info.prompt))
+    for one in drawn:
+        table.add_row(str(one.path), str(one.seed), f"{one.seconds:.2f}", _escaped(one.prompt))
     _out().print(table)
-    for note in dict.fromkeys(picture.note for _, picture in drawn if picture.note):
+    for note in dict.fromkeys(one.note for one in drawn if one.note):
         _err().print(f"[yellow]Warning:[/] {_escaped(note)}", highlight=False, soft_wrap=True)
-    total = sum(picture.seconds for _, picture in drawn)
+    total = sum(one.seconds for one in drawn)
     _out().print(
         f"{len(drawn)} in {total:.1f} s, {total / len(drawn):.2f} s each; the first batch includes the preparation.",
         highlight=False,
