@@ -20,14 +20,12 @@ _SIMPLE = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, 
 _MODULE_STATE = {
     name for name in nn.Module().__dict__ if name != "training"
 }  # parameters, buffers, hooks: looked at one by one below
-_IGNORED = _MODULE_STATE | {
-    "forward",
-    "_output_capturing_hooks_installed",
-    "_hf_hook",
-    "_old_forward",
-    "_name_or_path",
-    "name_or_path",
-}
+_BOOKKEEPING = {
+    "_name_or_path", "name_or_path", "_use_default_values", "_diffusers_version", "transformers_version",
+    "architectures", "torch_dtype", "dtype",
+}  # fmt: skip
+"""Entries of configurations that say where a model came from; the parameters' dtypes are part of the key anyway."""
+_IGNORED = _MODULE_STATE | _BOOKKEEPING | {"forward", "_output_capturing_hooks_installed", "_hf_hook", "_old_forward"}
 
 
 def structure_key(module: nn.Module) -> str:
