@@ -26,6 +26,7 @@ ORDER = (
     ("profiles",),
     ("prompts",),
     ("engine",),
+    ("runner",),
     ("weights",),
     ("backends",),
     ("stage",),

@@ -1,0 +1,141 @@
+"""Running one program: its stages on their backends, each stage only when an input of it changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .backends import build
+from .backends.base import INPUT_ROLES, Executable
+from .config import Config
+from .graph import Graph
+from .stage import Program, Stage, Time, Value
+from .weights.binding import Binding, weight_names
+
+
+class Runner:
+    """A program on its backend, with the values that its earlier stages last computed."""
+
+    def __init__(
+        self,
+        captured: Graph,
+        program: Program,
+        config: Config,
+        dtype: torch.dtype,
+        device: torch.device,
+        runs: Counter[str],
+    ) -> None:
+        self.captured, self.program, self.runs = captured, program, runs
+        self.binding = Binding(program)
+        self.stale: set[str] = set()
+        self.bound = False
+        self.backends: dict[Time, str] = {}
+        self._stages: list[_RunningStage] = []
+        for when, stage in program.stages.items():
+            if when is not Time.WEIGHTS:
+                executable, self.backends[when] = build(stage.graph, config, dtype, device)
+                self._stages.append(_RunningStage(stage, executable))
+
+    def bind(self, sources: Mapping[str, torch.Tensor]) -> bool:
+        """Give changed weights to the stages that read them.  returns whether a bound stage was built again."""
+        changed = self.binding.update(sources, self.stale if self.bound else sources)
+        rebuilt = False
+        for running in self._stages:
+            graph = running.stage.graph
+            if not self.bound or not weight_names(graph).isdisjoint(changed):
+                running.executable.bind(self.binding.values(graph, sources))
+                running.forget()
+                rebuilt |= self.bound
+        self.stale, self.bound = set(), True
+        return rebuilt
+
+    def __call__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        symbols: Mapping[str, int],
+        timesteps: tuple[torch.Tensor, int] | None,
+    ) -> list[Any]:
+        values: dict[str, Any] = dict(zip(self.program.inputs, tensors, strict=True))
+        for running in self._stages:
+            if running.stage.time is Time.STEP:
+                outputs = running.run(values, symbols)
+                self.runs[Time.STEP.name] += 1
+            elif running.stage.rows and timesteps is not None:
+                schedule, row = timesteps
+                table = running.kept({running.stage.inputs[0]: schedule}, symbols, self.runs)
+                outputs = [t[row : row + 1] for t in table]
+            else:
+                outputs = running.kept(values, symbols, self.runs)
+            values.update(zip(running.stage.outputs, outputs, strict=True))
+        return [values[r.name] if isinstance(r, Value) else r for r in self.program.results]
+
+
+class _RunningStage:
+    """One stage and its last results."""
+
+    def __init__(self, stage: Stage, executable: Executable) -> None:
+        self.stage, self.executable = stage, executable
+        self._arguments = [(p.meta["role"], p.meta["source"]) for p in stage.graph.placeholders(*INPUT_ROLES)]
+        self._seen: list[tuple[Any, int]] | None = None
+        self._results: list[Any] = []
+
+    def run(self, values: Mapping[str, Any], symbols: Mapping[str, int]) -> list[Any]:
+        given = [symbols[s] if role == "size" else values[s] for role, s in self._arguments]
+        if self.stage.rows:
+            name = self.stage.inputs[0]
+            given = [
+                _as_rows(values[name]) if s == name else g for (_, s), g in zip(self._arguments, given, strict=True)
+            ]
+        return self.executable.run(given)
+
+    def kept(self, values: Mapping[str, Any], symbols: Mapping[str, int], runs: Counter[str]) -> list[Any]:
+        """The last results, computed again only if an input changed."""
+        given = [symbols[s] if role == "size" else values[s] for role, s in self._arguments]
+        if self._seen is None or not all(map(_same, self._seen, given)):
+            self._results = self.run(values, symbols)
+            self._seen = [_remember(g) for g in given]
+            runs[self.stage.time.name] += 1
+        return self._results
+
+    def forget(self) -> None:
+        self._seen = None
+
+
+def _as_rows(timesteps: torch.Tensor) -> torch.Tensor:
+    """Timesteps as float32 `[T]`; a single one is a table of one row."""
+    return timesteps.reshape(-1).to(torch.float32)
+
+
+def _remember(value: Any) -> tuple[Any, int]:
+    """A value and its version; tensors of inference mode have no version, so a copy is kept."""
+    if not isinstance(value, torch.Tensor):
+        return value, -1
+    return (value.clone(), -2) if value.is_inference() else (value, value._version)
+
+
+def _same(seen: tuple[Any, int], value: Any) -> bool:
+    old, version = seen
+    if version == -1:
+        return bool(old == value)
+    if version == -2 or not isinstance(value, torch.Tensor) or value.is_inference():
+        return isinstance(value, torch.Tensor) and old.shape == value.shape and torch.equal(old, value)
+    if old is value:
+        return bool(value._version == version)
+    # Another tensor may hold the same numbers: single timesteps and embeddings of an unchanged prompt do.
+    unchanged = old._version == version and old.shape == value.shape and old.device == value.device
+    return unchanged and value.device.type == "cpu" and torch.equal(old, value)
+
+
+def row_of(timestep: Any, schedule: torch.Tensor | None) -> int | None:
+    """The row of `schedule` that `timestep` is a view of, found without reading it (that would stop the host)."""
+    if not isinstance(timestep, torch.Tensor) or schedule is None or schedule.dim() != 1:
+        return None
+    if timestep.dim() != 0 or timestep.dtype != schedule.dtype:
+        return None
+    if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
+        return None
+    row, rest = divmod(int(timestep.storage_offset() - schedule.storage_offset()), int(schedule.stride(0)))
+    return row if rest == 0 and 0 <= row < schedule.shape[0] else None
