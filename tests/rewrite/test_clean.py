@@ -95,9 +95,7 @@ def test_casts_forget_the_device() -> None:
 
 
 def test_a_cast_that_changes_the_memory_format_is_declined() -> None:
-    case = Case(
-        lambda m, x: x[None].to("cpu", torch.float32, memory_format=torch.channels_last).to(torch.float64), X
-    )
+    case = Case(lambda m, x: x[None].to("cpu", torch.float32, memory_format=torch.channels_last).to(torch.float64), X)
     assert "memory format" in case.reason(CastToDtype())
 
 
