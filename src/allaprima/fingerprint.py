@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import chain
 from operator import is_
 from types import FunctionType, MethodType
 from typing import Any
@@ -80,33 +81,32 @@ class StructureWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = list(module.modules())
-        self.module = module
+        inner = [p for p in self.parts if p is not module]
+        processors = [p.__dict__["processor"] for p in inner if hasattr(p.__dict__.get("processor"), "__dict__")]
+        self._dicts = [d for p in self.parts for d in (p.__dict__, p._modules)] + [p.__dict__ for p in processors]
         # The values are kept alive, so that a new object can never stand at an old one's address.
-        self._attributes = [(p.__dict__, _values(p)) for p in self.parts]
-        self._children = [(p._modules, tuple(p._modules.values())) for p in self.parts]
-        self._processors = [
-            (a.__dict__, tuple(a.__dict__.values())) for a in map(_processor, self.parts) if a is not None
-        ]
+        self._values = self._read()
+        self._hooks = [h for p in inner for h in (p._forward_hooks, p._forward_pre_hooks)]
+        self._inner = inner
+        self._accelerated = next((type(p).__name__ for p in inner if "_hf_hook" in p.__dict__), None)
+
+    def _read(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._dicts)))
 
     def unchanged(self) -> bool:
-        for attributes, values in self._attributes:
-            if len(attributes) != len(values) or not all(map(is_, attributes.values(), values)):
-                return False
-        for current, values in (*self._children, *self._processors):
-            if len(current) != len(values) or not all(map(is_, current.values(), values)):
-                return False
-        return True
+        return _identical(self._read(), self._values)
 
     def hooked(self) -> str | None:
         """Which inner part has a forward hook, which an engine would bypass."""
-        for part in self.parts:
-            if part is self.module:
-                continue
-            if (part._forward_hooks or part._forward_pre_hooks) and not _only_recorders(part):
-                return type(part).__name__
-            if "_hf_hook" in part.__dict__:
-                return f"{type(part).__name__} (accelerate)"
-        return None
+        if self._accelerated:
+            return f"{self._accelerated} (accelerate)"
+        if not any(self._hooks):
+            return None
+        return next((type(p).__name__ for p in self._inner if not _only_recorders(p)), None)
+
+
+def _identical(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))
 
 
 def _only_recorders(part: nn.Module) -> bool:
@@ -116,15 +116,6 @@ def _only_recorders(part: nn.Module) -> bool:
     return all(getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing") for hook in hooks)
 
 
-def _values(part: nn.Module) -> tuple[Any, ...]:
-    return tuple(part.__dict__.values())
-
-
-def _processor(part: nn.Module) -> Any | None:
-    found = part.__dict__.get("processor")
-    return found if hasattr(found, "__dict__") else None
-
-
 class WeightsWatch:
     """Remembers which tensors a module's parameters and buffers are, and their versions.
 
@@ -132,20 +123,23 @@ class WeightsWatch:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._holders = [d for p in module.modules() for d in (p._parameters, p._buffers) if d]
-        self._tensors, self._state = self._read()
-
-    def _read(self) -> tuple[list[torch.Tensor], list[tuple[int, int, int]]]:
+        self._holders = [d for p in module.modules() for d in (p._parameters, p._buffers)]
         # The tensors themselves are kept, so that a new one can never stand at an old one's address.
-        tensors = [t for holder in self._holders for t in holder.values() if t is not None]
-        return tensors, [(id(t), _version(t), t.data_ptr()) for t in tensors]
+        self._held = self._read()
+        tensors = [t for t in self._held if t is not None]
+        self._versioned = [t for t in tensors if not t.is_inference()]
+        self._tensors = tensors
+        self._state = self._look()
+
+    def _read(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._holders)))
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        # `module.to(...)` keeps a parameter and its version, and gives it other storage.
+        return [t._version for t in self._versioned], [t.data_ptr() for t in self._tensors]
 
     def unchanged(self) -> bool:
-        return self._read()[1] == self._state
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+        return _identical(self._read(), self._held) and self._look() == self._state
 
 
 def adapters(module: nn.Module) -> list[str]:
