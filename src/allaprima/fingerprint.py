@@ -123,7 +123,7 @@ class WeightsWatch:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._holders = [d for p in module.modules() for d in (p._parameters, p._buffers)]
+        self._holders: list[dict[str, Any]] = [d for p in module.modules() for d in (p._parameters, p._buffers)]
         # The tensors themselves are kept, so that a new one can never stand at an old one's address.
         self._held = self._read()
         tensors = [t for t in self._held if t is not None]
