@@ -6,6 +6,7 @@ warm-up of both.  The times are end to end: text encoder, scheduler, VAE and con
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -101,8 +102,8 @@ def draw_row(model: Any) -> Row:
         plain = draw_one(eager, request, model.name, optimized=False)
         pairs.append((plain, draw_one(ours, request, model.name, optimized=True)))
     others = [
-        draw_one(ours, Request((model.examples[0],), seed=SEED, size=size), model.name, optimized=True)
-        for size in SIZES
+        draw_one(ours, dataclasses.replace(request, size=size), model.name, optimized=True)
+        for request, size in zip(requests, SIZES, strict=False)
     ]
     settings = settle(requests[0], ours, model.name)
     verdict = verify(
@@ -186,7 +187,8 @@ def label_lines(text: str, font: Any, width: int) -> list[str]:
 
 
 def _label(picture: Picture, knows_chinese: bool) -> str:
-    return picture.info.prompt if knows_chinese or picture.info.prompt.isascii() else ""
+    size = "" if picture.image.width == picture.image.height else f" {picture.image.width}x{picture.image.height}"
+    return (picture.info.prompt if knows_chinese or picture.info.prompt.isascii() else "") + size
 
 
 # ---- the words
@@ -197,36 +199,35 @@ def report(console: Console, rows: list[Row], output: Path, legend: bool) -> Non
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(
-        "model", "pictures", "plain diffusers", "optimized", "speed", "ready after", "captures", "same picture"
-    )
+    table = Table("model", "plain diffusers", "optimized", "speed", "ready after", "same picture")
     for row in rows:
         table.add_row(
             row.title,
-            str(len(row.pictures)),
             f"{row.eager_s:.2f} s",
             f"{row.ours_s:.2f} s",
             f"{row.eager_s / row.ours_s:.2f}x",
             f"{row.ready_s:.1f} s",
-            str(row.captures),
             "[green]yes[/]" if row.passed else "[bold red]NO[/]",
         )
     console.print(table)
+    pictures = [picture for row in rows for picture in row.pictures]
     console.print(
-        f"Seconds for one picture from prompt to picture, median of {NUM_PROMPTS}, both in this run, in turns."
+        f"Seconds for one picture, from the prompt on, median of {NUM_PROMPTS}, both in this run, in turns.\n"
+        f"{sum(row.captures for row in rows)} programs were captured for {len(pictures)} pictures "
+        f"of {len({picture.image.size for picture in pictures})} sizes.",
+        highlight=False,
     )
-    for row in rows:
-        for verdict in row.verdicts:
-            console.print(escape(str(verdict)), highlight=False)
+    for verdict in (verdict for row in rows for verdict in row.verdicts if not verdict.passed):
+        console.print(escape(str(verdict)), highlight=False)
     if legend:
-        _print_legend(console, rows)
+        _print_legend(console, pictures)
     console.print(f"\n[bold]The pictures: {escape(str(output.resolve()))}[/]", highlight=False, soft_wrap=True)
-    console.print(_NEXT, highlight=False)
+    console.print(_NEXT, highlight=False, soft_wrap=True)
 
 
-def _print_legend(console: Console, rows: list[Row]) -> None:
-    console.print("This machine has no font with Chinese characters; on the sheet,", highlight=False)
-    for number, picture in enumerate((picture for row in rows for picture in row.pictures), start=1):
+def _print_legend(console: Console, pictures: list[Picture]) -> None:
+    console.print("This machine has no font with Chinese characters; on the sheet", highlight=False)
+    for number, picture in enumerate(pictures, start=1):
         if not picture.info.prompt.isascii():
             console.print(f"  {number} is {picture.info.prompt}", highlight=False)
 
