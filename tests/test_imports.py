@@ -27,6 +27,7 @@ ORDER = (
     ("prompts",),
     ("engine",),
     ("runner",),
+    ("runner",),
     ("weights",),
     ("backends",),
     ("stage",),
