@@ -85,6 +85,13 @@ def test_help_takes_less_than_300_ms() -> None:
     assert min(seconds) < 0.3, statistics.median(seconds)
 
 
+def test_bench_shows_the_options_of_the_function_behind_it() -> None:
+    text = run("bench", "--help")
+    assert "--arch" in text
+    assert "--variants" in text
+    assert "--no-such-option" in run("bench", "--no-such-option", code=2)
+
+
 # ---- generate
 
 
@@ -191,6 +198,8 @@ def test_an_unknown_scheduler_is_explained(checkpoint: str, here: Path) -> None:
         (("--mask", "mask.png"), "--init-image"),
         (("--output", "a.jpg"), "PNG"),
         (("--output", "a.png", "--count", "2"), "give a folder"),
+        (("--output", f"{__file__}/a.png"), "cannot be written"),
+        (("--output", f"{__file__}/new/folder"), "cannot be written"),
         (("--lora", "crayon:0.8"), "--no-optimize"),
         (("--lora", "crayon:heavy", "--no-optimize"), "NAME:WEIGHT"),
         (("--dtype", "int4"), "bfloat16"),

@@ -75,9 +75,7 @@ app = typer.Typer(
 
 ModelOption = Annotated[
     str,
-    typer.Option(
-        "--model", "-m", help="Embedded name, diffusers folder, .safetensors file or hub id.", show_default=True
-    ),
+    typer.Option("--model", "-m", help="Embedded name, diffusers folder, .safetensors file or hub id."),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: fp16 on GPUs, bf16 on processors that have it, else fp32.")]
 SizeOption = Annotated[
@@ -192,22 +190,22 @@ def verify(
     allaprima verify "a red apple"
     allaprima verify "a cat" --size 264x200 --scheduler "Euler a" --task inpaint
     """
-    from .generation import defaults, parse_size
+    from .generation import Request, parse_size, settle
 
-    asked = parse_size(size) if size else None
+    request = Request((prompt,), size=parse_size(size) if size else None, steps=steps, seed=seed)
     pipe = _load(model, dtype, scheduler, [], optimized=True)
     from .verification import test_card, test_mask, verify
 
-    native, model_steps, guidance_scale = defaults(pipe, model)
-    width, height = asked or (native, native)
+    settings = settle(request, pipe, model)
+    width, height = settings.width, settings.height
     with _err().status("Drawing with and without the optimizer …"):
         report = verify(
             pipe,
             prompt,
             height=height,
             width=width,
-            num_inference_steps=steps or model_steps,
-            guidance_scale=guidance_scale,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
             seed=seed,
             task=task.value,
             image=None if task == Task.text2img else test_card(width, height),
@@ -304,7 +302,8 @@ def bench(ctx: typer.Context) -> None:
 
     program = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
     program.command()(bench)
-    typer.main.get_command(program).main(args=ctx.args, prog_name="allaprima bench", standalone_mode=False)
+    code = typer.main.get_command(program).main(args=ctx.args, prog_name="allaprima bench", standalone_mode=False)
+    raise typer.Exit(code or 0)
 
 
 def main() -> None:

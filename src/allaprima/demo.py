@@ -70,6 +70,7 @@ def demo(output: Path) -> int:
 
     from .models import EMBEDDED
 
+    quiet_libraries()
     console = Console()
     rows = []
     with console.status("…") as status:
@@ -246,7 +247,6 @@ A real Stable Diffusion checkpoint, a diffusers folder or a .safetensors file:
 
 def main() -> None:
     """`python -m allaprima.demo`"""
-    quiet_libraries()
     sys.exit(demo(Path("outputs/demo.png")))
 
 

@@ -7,6 +7,7 @@ Picture    one image with the text that draws it again
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import time
@@ -233,6 +234,10 @@ def check_output(output: Path, num_images: int) -> None:
         raise InputError(f"{output}: pictures are written as PNG; give a name that ends in .png, or a folder.")
     if suffix == ".png" and num_images > 1:
         raise InputError(f"{output} is one file, but {num_images} images are asked: give a folder.")
+    folder = output.parent if suffix == ".png" else output
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"{output} cannot be written: {there} is no folder that you may write to.")
 
 
 def save(picture: Picture, output: Path) -> Path:
