@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +74,15 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_help_takes_less_than_300_ms() -> None:
+    """In time of the processor: the clock on the wall also measures what else the machine does."""
     command = [str(Path(sys.executable).with_name("allaprima")), "--help"]
     seconds = []
-    for _ in range(5):
-        begun = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, capture_output=True)
-        seconds.append(time.perf_counter() - begun)
-    # The least is the program's own time; the others also measure what else the machine does.
-    assert min(seconds) < 0.3, statistics.median(seconds)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.3
 
 
 def test_bench_shows_the_options_of_the_function_behind_it() -> None:

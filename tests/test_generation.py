@@ -202,8 +202,8 @@ def test_progress_counts_images(pipelines: stand_ins.Pipelines) -> None:
 def test_bad_numbers_are_drawn_again_without_the_optimizer(pipelines: stand_ins.Pipelines) -> None:
     pipelines.bad_calls, pipelines.optimized = 1, True
     drawn = pictures(pipelines, dataclasses.replace(FAST, count=2, batch=1))
-    assert "without the optimizer" in drawn[0].note
-    assert not drawn[1].note
+    assert "without the optimizer" in drawn[0].notes[0]
+    assert not drawn[1].notes
     assert pipelines.asked == [("eager",)]
 
 
@@ -230,6 +230,12 @@ def test_other_errors_keep_their_type(pipelines: stand_ins.Pipelines) -> None:
     pipelines.pipe.unet.forward = None
     with pytest.raises(TypeError):
         pictures(pipelines, FAST)
+
+
+def test_a_prompt_that_is_cut_is_told(pipelines: stand_ins.Pipelines) -> None:
+    drawn = pictures(pipelines, dataclasses.replace(FAST, prompts=("a" * 75, "b" * 76)))
+    assert [len(picture.notes) for picture in drawn] == [0, 1]
+    assert "78 tokens" in drawn[1].notes[0]
 
 
 # ---- files

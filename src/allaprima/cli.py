@@ -42,7 +42,7 @@ class Drawn(NamedTuple):
     seed: int
     seconds: float
     prompt: str
-    note: str
+    notes: tuple[str, ...]
 
 
 def _show_version(asked: bool) -> None:
@@ -372,7 +372,7 @@ def _draw_and_save(pipe: Any, request: Request, model: str, optimized: bool, out
         )
         for picture in pictures:
             path = save(picture, output)
-            drawn.append(Drawn(path, picture.seed, picture.seconds, picture.info.prompt, picture.note))
+            drawn.append(Drawn(path, picture.seed, picture.seconds, picture.info.prompt, picture.notes))
     _show_drawn(drawn)
 
 
@@ -388,7 +388,7 @@ def _show_drawn(drawn: list[Drawn]) -> None:
     for one in drawn:
         table.add_row(str(one.path), str(one.seed), f"{one.seconds:.2f}", _escaped(one.prompt))
     _out().print(table)
-    for note in dict.fromkeys(one.note for one in drawn if one.note):
+    for note in dict.fromkeys(note for one in drawn for note in one.notes):
         _err().print(f"[yellow]Warning:[/] {_escaped(note)}", highlight=False, soft_wrap=True)
     total = sum(one.seconds for one in drawn)
     _out().print(

@@ -103,14 +103,14 @@ class Picture:
     """One image.
 
     seconds   its share of the time of its batch
-    note      empty, or why it was drawn without the optimizer
+    notes     what the user should know of it
     """
 
     image: Image
     seed: int
     seconds: float
     info: Infotext
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def check_size(width: int, height: int) -> None:
@@ -200,7 +200,8 @@ def draw(
             images, note = _call(task_pipe, optimized, arguments, _reporter(on_step, start, len(batch)))
         seconds = (time.perf_counter() - begun) / len(batch)
         for image, (prompt, seed) in zip(images, batch, strict=True):
-            yield Picture(image, seed, seconds, infotext(request, settings, prompt, seed), note)
+            notes = tuple(filter(None, (note, _too_long(pipe, prompt))))
+            yield Picture(image, seed, seconds, infotext(request, settings, prompt, seed), notes)
 
 
 def infotext(request: Request, settings: Settings, prompt: str, seed: int) -> Infotext:
@@ -301,6 +302,15 @@ def _reporter(on_step: OnStep | None, start: int, batch: int) -> Any:
 
 def _repeat(prompts: tuple[str, ...], count: int) -> Iterator[str]:
     return (prompt for prompt in prompts for _ in range(count))
+
+
+def _too_long(pipe: Any, prompt: str) -> str:
+    """A note on a prompt that is longer than the text encoder reads."""
+    limit = pipe.tokenizer.model_max_length
+    num_tokens = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+    if num_tokens <= limit:
+        return ""
+    return f"the prompt has {num_tokens} tokens, of which the model reads {limit}: {prompt[:60]!r} …"
 
 
 def _to_pil(pipe: Any, images: Any) -> list[Image]:
