@@ -147,3 +147,12 @@ def test_expanded_queries_and_needed_expands_stay() -> None:
 )
 def test_shapes_broadcast_by_their_texts(shapes: list[tuple[Dim, ...]], expected: tuple[Dim, ...] | None) -> None:
     assert broadcast_shape(shapes) == expected
+
+
+def test_a_number_without_axes_stays_expanded_since_it_would_not_decide_the_dtype() -> None:
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.float() + m.number.expand(4)
+
+    case = Case(function, randn(5, 4), dims=batch_of_x, number=torch.tensor(0.1, dtype=torch.float64))
+    assert case.reason(DropBroadcast()) == ""
+    case.agrees((randn(2, 4),))

@@ -214,3 +214,15 @@ def test_rules_leave_the_original_alone_when_given_a_copy() -> None:
     assert isinstance(new, Graph)
     assert str(case.graph) == text
     verify(case.graph)
+
+
+def test_results_stay_tensors_of_their_own() -> None:
+    """A caller may write into a result: it must be neither his input nor another result."""
+    copy = Case(lambda m, x: x.clone(), X)
+    assert "of its own" in copy.reason(RemoveNoOps())
+    assert copy.count(aten.clone.default) == 1
+    both = Case(lambda m, x: (lambda y: (y, y * 1))(torch.sin(x)), X)
+    assert "of its own" in both.reason(RemoveNoOps())
+    twice = Case(lambda m, x: (torch.sin(x), torch.sin(x)), X)
+    assert "of its own" in twice.reason(MergeEqualCalls())
+    assert twice.count(aten.sin.default) == 2

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from allaprima import ops
 from allaprima.capture import DynamicDim
 from allaprima.graph import aten
-from allaprima.rewrite.conv import ConvAdd, UpsampleConv
+from allaprima.rewrite.conv import ConvAdd, FoldUpsample, UpsampleConv
 from tests.rewrite.check import BATCH, Case, check_equal, randn
 
 X = randn(3, 4, 5, 7)
@@ -26,12 +26,6 @@ def dims(name: str, tensor: torch.Tensor) -> dict[int, DynamicDim]:
 # ---- UpsampleConv --------------------------------------------------------------------------------------------------
 
 
-def folded(case: Case) -> None:
-    """Let the graph take the folded form, as a backend would."""
-    for node in case.graph.calls(ops.upsample_conv):
-        node.target = ops.upsample_conv_folded
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_doubling_before_a_convolution_is_one_operator(bias: bool) -> None:
     def function(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -39,11 +33,12 @@ def test_doubling_before_a_convolution_is_one_operator(bias: bool) -> None:
 
     case = Case(function, X, dims=dims, **WEIGHTS)
     assert case.fires(UpsampleConv()) == 1
-    assert case.count(ops.upsample_conv, ops.fold_upsample_weight) == 2
+    assert case.count(ops.upsample_conv) == 1
     assert case.count(aten.conv2d.default, aten.upsample_nearest2d.vec) == 0
     others = ((randn(1, 4, 1, 1),), (randn(2, 4, 8, 3),))
     case.agrees(*others)
-    folded(case)
+    assert case.fires(FoldUpsample(always_twice=True)) == 1
+    assert (case.count(ops.upsample_conv_folded), case.count(ops.fold_upsample_weight)) == (1, 1)
     case.agrees(*others)
 
 
@@ -58,8 +53,18 @@ def test_doubling_less_one_is_the_same_operator() -> None:
     assert case.fires(UpsampleConv()) == 1
     parities = ((randn(2, 4, 8, 6),), (randn(1, 4, 7, 6),), (randn(1, 4, 6, 9),), (randn(2, 4, 3, 5),))
     case.agrees(*parities)
-    folded(case)
+    assert "one less than twice" in case.reason(FoldUpsample(always_twice=True))
+    assert case.fires(FoldUpsample()) == 1
     case.agrees(*parities)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_taps_are_not_rounded_unless_the_backend_can_choose(dtype: torch.dtype) -> None:
+    short = {name: weight.to(dtype) for name, weight in WEIGHTS.items()}
+    case = Case(lambda m, x: F.conv2d(up(x), m.w, m.b, padding=1), X.to(dtype), dims=dims, **short)
+    assert "rounded" in case.reason(UpsampleConv(), FoldUpsample())
+    assert case.fires(FoldUpsample(halves=True)) == 1
+    case.agrees(tolerance=4 * torch.finfo(dtype).eps)
 
 
 def up(x: torch.Tensor, **how: Any) -> torch.Tensor:

@@ -30,7 +30,7 @@ _FOLD = (((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)), ((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)))
 def upsample_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
-    folded: torch.Tensor,
+    folded: torch.Tensor | None,
     bias: torch.Tensor | None,
     height: int | None = None,
     width: int | None = None,
@@ -39,7 +39,7 @@ def upsample_conv(
 
     x        [B, C, H, W] f16 | bf16 | f32
     weight   [K, C, 3, 3], bias [K] or None, dtype of x
-    folded   [4·K, C, 2, 2], `fold_upsample_weight(weight)`: for the folded form, not read by this one
+    folded   [4·K, C, 2, 2], `fold_upsample_weight(weight)`, or None; only the folded form reads it
     height   rows of the result, any number; None: 2·H.  width likewise
     returns  [B, K, height, width], dtype of x; accumulated in f32
     cost     18·B·K·C·height·width FLOPs

@@ -124,6 +124,8 @@ class DropBroadcast(Rule):
             others = {argument(node, i, name) for i, name in enumerate(("query", "key", "value"))}
             same_rank = len(shape(x)) == len(shape(expanded)) == len(shape(node))
             return expanded not in others and same_rank and shape(x)[-2:] == shape(expanded)[-2:]
+        if not shape(x):
+            return False  # a tensor without axes takes no part in the choice of the result's dtype
         tensors = [x if a is expanded else a for a in node.all_input_nodes if is_tensor(a)]
         return broadcast_shape(shape(t) for t in tensors) == shape(node)
 

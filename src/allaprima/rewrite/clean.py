@@ -130,8 +130,18 @@ class RemoveNoOps(Rule):
             return None
         return node if callable(target) and NO_OPS[target](node) else None
 
+    def declines(self, found: Node) -> str | None:
+        x = source(found)
+        if _is_result(found) and (x.op == "placeholder" or _is_result(x)):
+            return "the caller gets a tensor of its own"
+        return None
+
     def rewrite(self, found: Node) -> None:
         replace(found, source(found))
+
+
+def _is_result(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
 
 
 # ---- views of views ------------------------------------------------------------------------------------------------
@@ -207,6 +217,9 @@ class MergeEqualCalls(Rule):
             if other.target is node.target and other is not node and _same_call(node, other):
                 return (node, other) if other < node else (other, node)
         return None
+
+    def declines(self, found: tuple[Node, Node]) -> str | None:
+        return "both are results, and each is a tensor of its own" if all(map(_is_result, found)) else None
 
     def rewrite(self, found: tuple[Node, Node]) -> None:
         replace(*found)

@@ -73,11 +73,11 @@ class PointwiseConvFromRows(Rule):
 class ChannelsLastWeights(Rule):
     """conv2d(x, w) = conv2d(x, channels_last(w)): the same numbers, in the order in which kernels read them."""
 
-    roots = (aten.conv2d.default, ops.upsample_conv, ops.conv2d_add, ops.conv2d_cat)
+    roots = (aten.conv2d.default, ops.conv2d_add, ops.conv2d_cat, ops.upsample_conv, ops.upsample_conv_folded)
     backend = "cuda"
 
     def match(self, node: Node) -> tuple[Node, list[int]] | None:
-        places = (1, 2) if is_call(node, ops.upsample_conv) else (1,)
+        places = (1, 2) if is_call(node, ops.upsample_conv_folded) else (1,)
         wrong = [i for i in places if not _is_channels_last(node.args[i])]
         return (node, wrong) if wrong else None
 

@@ -13,7 +13,7 @@ from .clean import (
     SizesFromInputs,
     ViewToReshape,
 )
-from .conv import ConvAdd, UpsampleConv
+from .conv import ConvAdd, FoldUpsample, UpsampleConv
 from .layout import ChannelsLastInputs, ChannelsLastWeights, PointwiseConvFromRows, PointwiseConvToRows
 from .linear import GegluLinear, LinearAdd, MergeSiblingLinears
 from .norm import AddLayerNorm, GroupNormSilu, NoConcatenation
@@ -41,6 +41,7 @@ CHANNELS_LAST: tuple[Rule, ...] = (ChannelsLastWeights(), ChannelsLastInputs())
 """For backends whose convolutions want their channels last and do not see to it themselves."""
 
 CUDA: tuple[Rule, ...] = (
+    FoldUpsample(halves=True),
     GroupNormSilu(),
     NoConcatenation(),
     GegluLinear(),
@@ -55,8 +56,8 @@ CUDA: tuple[Rule, ...] = (
 
 _BY_BACKEND = {
     "portable": PORTABLE,
-    "aten": PORTABLE,
-    "openvino": PORTABLE,
+    "aten": (*PORTABLE, FoldUpsample()),
+    "openvino": (*PORTABLE, FoldUpsample(always_twice=True)),
     "cuda": PORTABLE + CUDA,
 }
 
