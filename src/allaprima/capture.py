@@ -7,6 +7,7 @@ which belongs to the call's `Signature`.  One graph is captured for each signatu
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def _leaf_key(path: str, leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, torch.Tensor):
         return "tensor", leaf.dtype, leaf.dim(), leaf.device.type
     if isinstance(leaf, _CONSTANTS):
-        return "constant", leaf
+        return "constant", leaf, type(leaf).__name__  # True, 1 and 1.0 are equal, and not the same call
     raise CaptureError(
         f"argument {path!r} is a {type(leaf).__name__}: only tensors, numbers, texts and None can be captured."
     )
@@ -264,6 +265,7 @@ class _Reader:
             raise CaptureError("the graph has branches (torch.cond) or nested modules; it runs eagerly.")
         graph.clean()
         graph.ranges = self._ranges(graph)
+        graph.guards = self._guards()
         return graph
 
     def _check_outputs(self) -> None:
@@ -320,6 +322,33 @@ class _Reader:
                 ranges[str(self.symbols[symbol])] = (max(1, int(bounds.lower)), int(upper) if finite else None)
         return ranges
 
+    def _guards(self) -> list[str]:
+        """Branches on sizes that the module's own code took, as texts of our symbols.
+
+        Those that torch took by itself while it worked out shapes and strides change no operator.
+        """
+        env = _shape_env(self.program)
+        found: dict[str, None] = {}
+        for guard in env.guards if env is not None else ():
+            expression = guard.expr.xreplace(env.replacements).xreplace(self.symbols)
+            known = {str(s) for s in expression.free_symbols} <= {str(s) for s in self.symbols.values()}
+            if known and not _inside_torch(guard):
+                found[str(expression)] = None
+        return [text for text in found if text != "True"]
+
+
+def _shape_env(program: torch.export.ExportedProgram) -> Any:
+    for node in program.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode.shape_env
+    return None
+
+
+def _inside_torch(guard: Any) -> bool:
+    place = str(guard.sloc.framework_loc)
+    return "/torch/_" in place and "non_strict_utils" not in place  # there `max(a, b)` of the module's code is decided
+
 
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
 
@@ -361,13 +390,19 @@ def _solve(dim: str, size: int, symbols: dict[str, int]) -> None:
         raise CaptureError(f"cannot solve {dim} = {size} for {unknown}.")
 
 
+_WORDS = re.compile(r"\bs\d+\b")
+
+
 def _identifiers(dim: str) -> list[str]:
-    return [word for word in "".join(c if c.isalnum() else " " for c in dim).split() if word.startswith("s")]
+    return _WORDS.findall(dim)
 
 
 def out_of_range(graph: Graph, symbols: Mapping[str, int]) -> dict[str, int]:
     """The symbols whose size lies outside what the capture is known to hold for."""
     outside = {}
+    for guard in graph.guards:
+        if not evaluate(guard, symbols):
+            outside |= {symbol: symbols[symbol] for symbol in _identifiers(guard)}
     for symbol, (low, high) in graph.ranges.items():
         size = symbols.get(symbol)
         if size is not None and (size < low or (high is not None and size > high)):
@@ -375,33 +410,96 @@ def out_of_range(graph: Graph, symbols: Mapping[str, int]) -> dict[str, int]:
     return outside
 
 
-def same_program(general: Graph, special: Graph, symbols: Mapping[str, int]) -> bool:
-    """Whether a graph captured at one size is what the general graph becomes there: operators and arguments alike."""
+def range_of(special: Graph, graph: Graph, symbol: str) -> tuple[int, int | None] | None:
+    """For which sizes a graph captured beyond `graph`'s ranges is known to hold, in terms of `graph`'s symbol."""
+    specs = {p.meta["source"]: p.meta["spec"] for p in special.placeholders("input")}
+    for node in graph.placeholders("input"):
+        if symbol in node.meta["spec"].shape:
+            dim = specs[node.meta["source"]].shape[node.meta["spec"].shape.index(symbol)]
+            return special.ranges.get(dim) if isinstance(dim, str) else (dim, dim)
+    return None
+
+
+def widen_guards(graph: Graph, special: Graph, symbols: Mapping[str, int]) -> None:
+    """Let guards that a call violates hold as well where the special capture's do."""
+    names = _renaming(special, graph)
+    texts = [_WORDS.sub(lambda m: names.get(m[0], m[0]), g) for g in special.guards]
+    if not {word for g in special.guards for word in _identifiers(g)} <= names.keys():
+        texts = [f"{symbol} == {size}" for symbol, size in symbols.items()]
+    also = " and ".join(f"({t})" for t in texts) or "True"
+    graph.guards = [g if evaluate(g, symbols) else f"({g}) or ({also})" for g in graph.guards]
+    graph.guards = [g for g in graph.guards if not g.endswith(" or (True)")]
+
+
+def _renaming(special: Graph, graph: Graph) -> dict[str, str]:
+    """Symbol of one graph -> symbol of another that stands for the same axis."""
+    pairs = zip(special.placeholders("input"), graph.placeholders("input"), strict=True)
+    dims = (pair for a, b in pairs for pair in zip(a.meta["spec"].shape, b.meta["spec"].shape, strict=True))
+    return {a: b for a, b in dims if isinstance(a, str) and isinstance(b, str)}
+
+
+def beyond(graph: Graph, dims: DimRule, outside: Mapping[str, int]) -> DimRule:
+    """The rule `dims`, but the axes whose size lies outside of the graph's ranges take the sizes of the call."""
+    shapes = {p.meta["source"]: p.meta["spec"].shape for p in graph.placeholders("input")}
+
+    def found(name: str, tensor: torch.Tensor) -> dict[int, DynamicDim]:
+        wanted = dims(name, tensor)
+        for axis in list(wanted):
+            if not outside.keys().isdisjoint(_identifiers(str(shapes[name][axis]))):
+                del wanted[axis]
+                if tensor.shape[axis] > 1:
+                    wanted[axis] = DynamicDim(tensor.shape[axis])
+        return wanted
+
+    return found
+
+
+_ALL_ROWS = 2**63 - 1
+
+
+def same_program(general: Graph, special: Graph, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a graph captured at a call's sizes is what the general graph becomes there: operators and arguments
+    alike."""
 
     def lines(graph: Graph) -> list[Any]:
+        symbols = bind_symbols(graph, tensors)
+        if isinstance(symbols, str):
+            return [symbols]
         values: dict[Node, Any] = {}
-        out: list[Any] = []
+        out = []
         for node in graph.fx.nodes:
             found = node.meta.get("spec")
             if isinstance(found, SizeSpec):
                 values[node] = evaluate(found.expr, symbols)
                 continue
-            if node.op == "call_function" and node.target in (aten.contiguous.default,):
+            if _is_same(node):
                 values[node] = values[node.args[0]]
                 continue
             read = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
             values[node] = _Ref(len(out))
-            key = (
-                node.meta.get("source")
-                if node.op == "placeholder"
-                else None
-                if node.op == "output"
-                else target_name(node.target)
-            )
-            out.append((node.op, key, repr(read)))
+            out.append((node.op, _what(node), repr(_listed(read))))
         return out
 
     return lines(general) == lines(special)
+
+
+def _is_same(node: Node) -> bool:
+    """Calls that export leaves out at some sizes: contiguous, and the slice that takes everything."""
+    whole = node.target is aten.slice.Tensor and tuple(node.args[2:]) == (0, _ALL_ROWS)
+    return whole or node.target is aten.contiguous.default
+
+
+def _what(node: Node) -> Any:
+    if node.op == "call_function":
+        return target_name(node.target)
+    return node.meta.get("source")
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists: a record does not tell the two apart."""
+    if isinstance(value, dict):
+        return {k: _listed(v) for k, v in value.items()}
+    return [_listed(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)

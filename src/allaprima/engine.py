@@ -24,12 +24,15 @@ from .capture import (
     CallReader,
     DimRule,
     Signature,
+    beyond,
     bind_symbols,
     capture,
     dim_rules,
     no_dim,
     out_of_range,
+    range_of,
     same_program,
+    widen_guards,
 )
 from .config import Config
 from .errors import AdapterError, AllaprimaError, CaptureError, OutOfMemoryError, SizeError
@@ -121,10 +124,12 @@ class Engine:
         return self
 
     def remove(self) -> None:
-        if self._replaced is not None:
+        if self.module.__dict__.get("forward") is not self:
+            self.bypassed = True  # somebody wrapped the engine, or put another in its place: step aside
+        elif self._replaced is not None:
             self.module.forward = self._replaced
         else:
-            self.module.__dict__.pop("forward", None)
+            del self.module.__dict__["forward"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         return eager_forward(memo.get(id(self.module), self.module))
@@ -139,26 +144,31 @@ class Engine:
             return self.original(*args, **kwargs)
         with self._lock:
             self.events.calls += 1
-            result = self._run(args, kwargs)
+            try:
+                result = self._run(args, kwargs)
+            except (RuntimeError, MemoryError) as error:
+                raise_if_out_of_memory(error)
+                raise
         return self.observe(result, args) if self.observe else result
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if reason := self._eager_reason(args, kwargs):
             return self._fall_back(reason, args, kwargs)
+        key: Key | None = None
         try:
             normal_args, normal_kwargs = self.profile.normalise(*args, **kwargs)
             call = self._read(normal_args, normal_kwargs)
-            runner, symbols = self._runner(call)
+            key = (*self._place, call.signature)
+            runner, symbols = self._runner(call, key)
         except CaptureError as error:
-            return self._fall_back(str(error), args, kwargs)
+            result = self._fall_back(str(error), args, kwargs)
+            if key is not None:  # a call that the module itself refuses says nothing about the next one
+                self._hopeless[key] = str(error)
+            return result
         self._bind(runner)
         self._check_budget(runner, symbols)
-        try:
-            with torch.no_grad():
-                leaves = runner(call.tensors, symbols, self._timesteps(args, kwargs))
-        except (RuntimeError, MemoryError) as error:
-            raise_if_out_of_memory(error)
-            raise
+        with torch.no_grad():
+            leaves = runner(call.tensors, symbols, self._timesteps(args, kwargs))
         return pytree.tree_unflatten(leaves, runner.program.outputs)
 
     def _timesteps(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, int] | None:
@@ -211,28 +221,63 @@ class Engine:
 
     # -- finding or making a program
 
-    def _runner(self, call: Call) -> tuple[Runner, dict[str, int]]:
-        key = (*self._place, call.signature)
-        if key in self._hopeless:
-            raise CaptureError(self._hopeless[key])
+    def _runner(self, call: Call, key: Key) -> tuple[Runner, dict[str, int]]:
+        """The program for a call and the call's sizes.  raises CaptureError where there can be none."""
         runners = self._runners.get(key)
         if runners is None:
             runners = self._runners[key] = [self._prepare(g) for g in self._stored(key)]
-        for runner in runners:
-            symbols = bind_symbols(runner.program.symbols, call.tensors)
-            if isinstance(symbols, dict) and self._holds(runner, symbols, call, key):
+        fitting = [(r, s) for r in runners if isinstance(s := bind_symbols(r.program.symbols, call.tensors), dict)]
+        for runner, symbols in fitting:
+            if not self._outside(runner, symbols):
                 return runner, symbols
-        try:
-            return self._capture(call, key)
-        except CaptureError as error:
-            self._hopeless[key] = str(error)
-            raise
+        if key in self._hopeless:
+            raise CaptureError(self._hopeless[key])
+        if not fitting:
+            fitting = [self._add(self._export(call, self.profile.dims(call.tensors)), call, key)]
+            if not self._outside(*fitting[0]):
+                return fitting[0]
+        return self._discharge(fitting, call, key)
 
-    def _capture(self, call: Call, key: Key) -> tuple[Runner, dict[str, int]]:
+    def _outside(self, runner: Runner, symbols: Mapping[str, int]) -> dict[str, int]:
+        outside = out_of_range(runner.captured, symbols)
+        return {symbol: size for symbol, size in outside.items() if (symbol, size) not in runner.confirmed}
+
+    def _discharge(
+        self, fitting: Sequence[tuple[Runner, dict[str, int]]], call: Call, key: Key
+    ) -> tuple[Runner, dict[str, int]]:
+        """Sizes outside of every range: a capture made at these sizes tells whether a known program is right there
+        too; if none is, it is a program of its own."""
+        runner, symbols = fitting[0]
+        outside = self._outside(runner, symbols)
+        rules = [beyond(runner.captured, dims, outside) for dims in self.profile.dims(call.tensors)]
+        special = self._export(call, [*rules, no_dim])
+        for runner, symbols in fitting:
+            if same_program(runner.captured, special, call.tensors):
+                self.events.discharged += 1
+                self._widen(runner, special, symbols)
+                if path := self._path(key, self._runners[key].index(runner)):
+                    record.save(runner.captured, path)
+                return runner, symbols
+        return self._add(special, call, key)
+
+    def _widen(self, runner: Runner, special: Graph, symbols: Mapping[str, int]) -> None:
+        """Let the program's ranges cover what the special capture is known to hold for."""
+        graph = runner.captured
+        for symbol, size in self._outside(runner, symbols).items():
+            low, high = graph.ranges.get(symbol, (1, None))
+            if low <= size and (high is None or size <= high):
+                continue
+            least, most = range_of(special, graph, symbol) or (size, size)
+            if (high is None or least <= high + 1) and (most is None or most >= low - 1):
+                graph.ranges[symbol] = (min(low, least), None if high is None or most is None else max(high, most))
+            else:
+                runner.confirmed.add((symbol, size))
+        widen_guards(graph, special, symbols)
+
+    def _add(self, graph: Graph, call: Call, key: Key) -> tuple[Runner, dict[str, int]]:
         runners = self._runners[key]
         if len(runners) >= MAX_PROGRAMS:
             raise CaptureError(f"{MAX_PROGRAMS} captures of ({call.signature}) did not cover this size.")
-        graph = self._export(call, self.profile.dims(call.tensors))
         symbols = bind_symbols(graph, call.tensors)
         if isinstance(symbols, str):
             raise CaptureError(f"the capture does not serve the call it was made for: {symbols}.")
@@ -244,9 +289,9 @@ class Engine:
         return runners[-1], symbols
 
     def _export(self, call: Call, rules: Sequence[DimRule]) -> Graph:
-        started = time.perf_counter()
         reasons: list[CaptureError] = []
         for dims in rules:
+            started = time.perf_counter()
             try:
                 with self.profile.capturing(self.module):
                     return capture(self.module, self.original, call, dims)
@@ -255,22 +300,6 @@ class Engine:
             finally:
                 self.events.capture_s += time.perf_counter() - started
         raise reasons[0]
-
-    def _holds(self, runner: Runner, symbols: dict[str, int], call: Call, key: Key) -> bool:
-        """Whether a program is right at sizes outside its ranges: a capture at exactly these sizes tells, once."""
-        outside = out_of_range(runner.captured, symbols)
-        if not outside:
-            return True
-        special = self._export(call, [no_dim])
-        self.events.discharged += 1
-        if not same_program(runner.captured, special, symbols):
-            return False
-        for symbol, size in outside.items():
-            low, high = runner.captured.ranges[symbol]
-            runner.captured.ranges[symbol] = (min(low, size), high if size < low else None)
-        if path := self._path(key, self._runners[key].index(runner)):
-            record.save(runner.captured, path)
-        return True
 
     def _prepare(self, graph: Graph) -> Runner:
         started = time.perf_counter()

@@ -66,12 +66,14 @@ class Graph:
     """A captured program: `fx` and what is needed to call it.
 
     ranges     symbol -> smallest and largest size (None: no bound) for which the capture is known to hold
+    guards     what else must hold of the sizes: the branches that the module's code took, as texts
     constants  placeholder name -> tensor that the module made from nothing (role "constant")
     outputs    the call's result as a pytree: text form of its TreeSpec
     """
 
     fx: FxGraph
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    guards: list[str] = field(default_factory=list)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: Any = None
 
@@ -108,7 +110,7 @@ class Graph:
         for node in self.fx.nodes:
             mapped[node] = fx.node_copy(node, lambda n: mapped[n])
             mapped[node].meta = dict(node.meta)
-        return Graph(fx, dict(self.ranges), dict(self.constants), self.outputs)
+        return Graph(fx, dict(self.ranges), list(self.guards), dict(self.constants), self.outputs)
 
     def module(self) -> GraphModule:
         """An nn.Module whose arguments are the placeholders in order: the ATen form, ready to run."""
@@ -205,7 +207,9 @@ _SIZE_FUNCTIONS = {
     "Mod": operator.mod, "PythonMod": operator.mod, "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv,
     "CeilDiv": lambda a, b: -(-a // b), "Max": max, "Min": min, "floor": math.floor, "ceiling": math.ceil,
     "IntTrueDiv": operator.truediv, "FloatTrueDiv": operator.truediv, "ToFloat": float, "TruncToInt": int,
-    "RoundToInt": round, "PowByNatural": pow, "Abs": abs, "sqrt": math.sqrt, "__builtins__": {},
+    "RoundToInt": round, "PowByNatural": pow, "FloatPow": pow, "Abs": abs, "sqrt": math.sqrt, "Eq": operator.eq,
+    "Ne": operator.ne, "And": lambda *parts: all(parts), "Or": lambda *parts: any(parts), "Not": operator.not_,
+    "__builtins__": {},
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from .errors import GraphError
 from .graph import Graph, SizeSpec, Spec, TensorSpec, target_name, target_named, verify
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(graph: Graph, path: Path) -> bool:
@@ -58,6 +58,7 @@ def encode(graph: Graph) -> dict[str, Any]:
         "format": FORMAT,
         "nodes": [_node(n) for n in graph.fx.nodes],
         "ranges": graph.ranges,
+        "guards": graph.guards,
         "constants": {name: _tensor(t) for name, t in graph.constants.items()},
         "outputs": pytree.treespec_dumps(graph.outputs) if graph.outputs is not None else None,
     }
@@ -78,6 +79,7 @@ def decode(record: dict[str, Any]) -> Graph:
         if op == "placeholder":
             node.meta |= {"role": role, "source": source}
     graph.ranges = {symbol: (low, high) for symbol, (low, high) in record["ranges"].items()}
+    graph.guards = list(record["guards"])
     graph.constants = {name: _decode_tensor(t) for name, t in record["constants"].items()}
     graph.outputs = pytree.treespec_loads(record["outputs"]) if record["outputs"] is not None else None
     verify(graph)

@@ -30,6 +30,8 @@ class Runner:
     ) -> None:
         self.captured, self.program, self.runs = captured, program, runs
         self.binding = Binding(program)
+        self.confirmed: set[tuple[str, int]] = set()
+        """Sizes (symbol, size) outside of the capture's ranges for which it is known to hold all the same."""
         self.stale: set[str] = set()
         self.bound = False
         self.backends: dict[Time, str] = {}
