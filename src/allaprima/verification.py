@@ -248,12 +248,14 @@ def ratio(ours: float, eager: float) -> float:
 class Errors:
     """How far one variant is from the truth.  All are relative to the root mean square of the truth, but for pictures.
 
-    steps     the noise prediction of each step, from the same latents
-    decode    the picture decoded from the same latents, root mean square of the 0 to 1 range
-    latents   the last latents of a free run           picture   the picture of a free run, as `decode`
+    steps          the noise prediction of each step, from the same latents
+    step_latents   the latents after each step, from the same latents before it
+    decode         the picture decoded from the same latents, root mean square of the 0 to 1 range
+    latents        the last latents of a free run         picture   the picture of a free run, as `decode`
     """
 
     steps: tuple[float, ...]
+    step_latents: tuple[float, ...]
     decode: float
     latents: float
     picture: float
@@ -262,6 +264,7 @@ class Errors:
     def of(cls, stepwise: Trace, free: Trace, true_stepwise: Trace, true_free: Trace) -> Errors:
         return cls(
             steps=tuple(map(relative_error, stepwise.predictions, true_stepwise.predictions)),
+            step_latents=tuple(map(relative_error, stepwise.latents, true_stepwise.latents)),
             decode=_rms(stepwise.pixels, true_stepwise.pixels),
             latents=relative_error(free.latents[-1], true_free.latents[-1]),
             picture=_rms(free.pixels, true_free.pixels),
@@ -301,12 +304,19 @@ def judge(psnrs: Sequence[float], eager: Errors | None, ours: Errors | None, hal
         return (Check("PSNR to eager, dB", _lowest(psnrs), MIN_PSNR, at_least=True),)
     if eager is None or ours is None:
         return ()
-    steps = [ratio(o, e) for o, e in zip(ours.steps, eager.steps, strict=True)]
-    median = ratio(statistics.median(ours.steps), statistics.median(eager.steps))
     return (
-        Check("error of the noise prediction over eager's, median step", median, MAX_MEDIAN_RATIO),
-        Check("error of the noise prediction over eager's, worst step", _highest(steps), MAX_RATIO),
+        *_step_checks("the noise prediction", ours.steps, eager.steps),
+        *_step_checks("the latents", ours.step_latents, eager.step_latents),  # the encoder's error shows only here
         Check("error of the decoding over eager's", ratio(ours.decode, eager.decode), MAX_MEDIAN_RATIO),
+    )
+
+
+def _step_checks(what: str, ours: Sequence[float], eager: Sequence[float]) -> tuple[Check, Check]:
+    median = ratio(statistics.median(ours), statistics.median(eager))
+    worst = _highest([ratio(o, e) for o, e in zip(ours, eager, strict=True)])
+    return (
+        Check(f"error of {what} over eager's, median step", median, MAX_MEDIAN_RATIO),
+        Check(f"error of {what} over eager's, worst step", worst, MAX_RATIO),
     )
 
 
