@@ -77,6 +77,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]
         lambda x, y, w, b: F.conv2d(x, w[:, :5], b, padding=1) + F.conv2d(y, w[:, 5:], padding=1),
         (X[:, :5], X[:, 5:], randn(6, 12, 3, 3), randn(6)),
     ),
+    "fold_batch_norm": (
+        lambda x, w, b, mean, var: F.conv2d(x, *ops.fold_batch_norm(w, b, mean + 1, b, mean, var, 1e-3)),
+        lambda x, w, b, mean, var: F.batch_norm(F.conv2d(x, w, b), mean, var, mean + 1, b, eps=1e-3),
+        (X, randn(6, 12, 3, 3), randn(6), randn(6, seed=1), randn(6, seed=2) ** 2),
+    ),
     "attention": (
         ops.attention,
         lambda q, k, v: torch.einsum(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from allaprima import ops
 from allaprima.capture import DynamicDim
 from allaprima.graph import aten
-from allaprima.rewrite.norm import AddLayerNorm, GroupNormSilu, NoConcatenation
+from allaprima.rewrite.norm import AddLayerNorm, FoldBatchNorm, GroupNormSilu, NoConcatenation
 from tests.rewrite.check import BATCH, Case, randn
 
 X, Y = randn(3, 6, 5, 7), randn(3, 6, 5, 7) * 3
@@ -48,6 +48,49 @@ def test_other_norms_stay(name: str) -> None:
     case = Case(function, X, dims=lambda name, t: {0: BATCH}, **WEIGHTS)
     assert reason in case.reason(GroupNormSilu())
     assert case.count(ops.group_norm_silu) == 0
+
+
+# ---- FoldBatchNorm -------------------------------------------------------------------------------------------------
+
+STATISTICS = dict(
+    kernel=randn(4, 6, 3, 3), offset=randn(4), gain=randn(4), shift=randn(4), mean=randn(4), var=randn(4) ** 2
+)
+
+
+def normal(m: Any, x: torch.Tensor, training: bool = False) -> torch.Tensor:
+    return F.batch_norm(x, m.mean, m.var, m.gain, m.shift, training, eps=1e-3)
+
+
+BATCH_NORMS: dict[str, Callable[..., Any]] = {
+    "bias": lambda m, x: normal(m, F.conv2d(x, m.kernel, m.offset, padding=1)),
+    "no bias": lambda m, x: normal(m, F.conv2d(x, m.kernel, stride=2)),
+    "padding by name": lambda m, x: normal(m, F.conv2d(x, m.kernel, padding="same")),
+    "no gain": lambda m, x: F.batch_norm(F.conv2d(x, m.kernel), m.mean, m.var),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_a_batch_norm_goes_into_the_weights(name: str) -> None:
+    case = Case(lambda m, x: F.relu(BATCH_NORMS[name](m, x)), X, dims=dims, **STATISTICS)
+    assert case.fires(FoldBatchNorm()) == 1
+    assert case.count(*FoldBatchNorm.roots) == 0
+    case.agrees((randn(1, 6, 4, 4),), (randn(2, 6, 9, 3),))
+
+
+BATCH_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
+    "activation between": (lambda m, x: normal(m, F.relu(F.conv2d(x, m.kernel))), ""),
+    "convolution after": (lambda m, x: F.conv2d(F.batch_norm(x, m.six, m.six_var), m.kernel), ""),
+    "read before": (lambda m, x: (lambda y: normal(m, y) + y)(F.conv2d(x, m.kernel)), "before the norm"),
+    "weight of the input": (lambda m, x: normal(m, F.conv2d(x, m.kernel * x.mean())), "not a parameter"),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_MISSES)
+def test_other_batch_norms_stay(name: str) -> None:
+    function, reason = BATCH_MISSES[name]
+    case = Case(function, X, dims=dims, six=randn(6), six_var=randn(6) ** 2, **STATISTICS)
+    assert reason in case.reason(FoldBatchNorm())
+    assert case.count(*FoldBatchNorm.roots) == 1
 
 
 # ---- AddLayerNorm --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from allaprima.capture import DynamicDim
 from allaprima.graph import Graph, aten, verify
@@ -163,6 +163,19 @@ def test_networks_that_know_nothing_of_diffusion(backend: str) -> None:
         graph, report = rewritten(graph_of(llama, ids, use_cache=False, return_dict=False), rules_for(backend))
         assert report.fired["MergeSiblingLinears"] == 4, "q, k, v and the two of the gated MLP, in both layers"
         check_equal(graph, llama, torch.randint(0, 50, (1, 20)), use_cache=False, return_dict=False, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("backend", TWO)
+def test_a_resnet_loses_its_norms(backend: str) -> None:
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="bottleneck")
+    resnet = ResNetModel(config).eval().double()
+    graph, report = rewritten(
+        graph_of(resnet, torch.randn(2, 3, 32, 48).double(), return_dict=False), rules_for(backend)
+    )
+    assert report.fired["FoldBatchNorm"] == 1 + 3 * 3 + 1
+    for size in ((1, 3, 32, 32), (3, 3, 40, 24)):
+        check_equal(graph, resnet, torch.randn(size).double(), return_dict=False)
 
 
 def test_rewriting_is_quick(unet_graph: Graph) -> None:

@@ -12,6 +12,44 @@ from ..graph import argument, arguments, aten, call, is_call, is_tensor, replace
 from .rule import Rule, source
 
 
+class FoldBatchNorm(Rule):
+    """batch_norm(conv(x, w, b)) in eval = conv(x, w', b') with w' = w·gain/σ, b' = (b - mean)·gain/σ + shift."""
+
+    roots = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+    convolutions = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default)
+
+    def match(self, node: Node) -> tuple[Node, Node] | None:
+        """(norm, convolution)"""
+        conv = source(node)
+        return (node, conv) if is_call(conv, *self.convolutions) else None
+
+    def declines(self, found: tuple[Node, Node]) -> str | None:
+        norm, conv = found
+        if arguments(norm).get("training"):
+            return "it normalises by the batch's own statistics"
+        if sole_user(conv) is None:
+            return f"{conv.name} is also read before the norm"
+        if any(user.args[1] != 0 for user in norm.users if is_call(user, operator.getitem)):
+            return "its statistics are read"
+        weight = argument(conv, 1, "weight")
+        if any(x.op != "placeholder" for x in (*norm.all_input_nodes[1:], *conv.all_input_nodes[1:])):
+            return "a weight is not a parameter"
+        return None if isinstance(shape(weight)[0], int) else "the number of channels is not fixed"
+
+    def rewrite(self, found: tuple[Node, Node]) -> None:
+        norm, conv = found
+        named, given = arguments(norm), arguments(conv)
+        weight, bias = given["weight"], given["bias"]
+        norms = (named[name] for name in ("weight", "bias", "running_mean", "running_var", "eps"))
+        kernel, offset = spec(weight), spec(weight).with_shape(shape(weight)[:1])
+        both = call(conv, ops.fold_batch_norm, (weight, bias, *norms), (kernel, offset))
+        folded = [call(conv, operator.getitem, (both, i), kept) for i, kept in enumerate((kernel, offset))]
+        conv.args = (source(conv), *folded, *conv.args[3:])
+        results = [norm] if is_tensor(norm) else list(norm.users)
+        for result in results:
+            replace(result, conv)
+
+
 class GroupNormSilu(Rule):
     """silu(group_norm(x)) = group_norm_silu(x)."""
 

@@ -16,7 +16,7 @@ from .clean import (
 from .conv import ConvAdd, FoldUpsample, UpsampleConv
 from .layout import ChannelsLastInputs, ChannelsLastWeights, PointwiseConvFromRows, PointwiseConvToRows
 from .linear import GegluLinear, LinearAdd, MergeSiblingLinears
-from .norm import AddLayerNorm, GroupNormSilu, NoConcatenation
+from .norm import AddLayerNorm, FoldBatchNorm, GroupNormSilu, NoConcatenation
 from .rule import Rule
 
 PORTABLE: tuple[Rule, ...] = (
@@ -33,6 +33,7 @@ PORTABLE: tuple[Rule, ...] = (
     PointwiseConvFromRows(),
     AttentionWithoutTransposes(),
     MergeSiblingLinears(),
+    FoldBatchNorm(),
     UpsampleConv(),
 )
 """What any backend can run."""
