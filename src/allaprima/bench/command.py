@@ -66,7 +66,7 @@ def bench(
 
     All variants run in one process and take turns, so that what disturbs the machine disturbs them alike. The median
     over the rounds is reported, and the quartiles beside it. Before a variant is timed, its result is compared with a
-    float32 run: what is wrong is reported as wrong, not timed.
+    float32 run: what is wrong is called wrong, and no speed-up of it is reported.
 
     \b
     allaprima bench

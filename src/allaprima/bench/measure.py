@@ -1,7 +1,7 @@
-"""One benchmark from beginning to end: build every variant, gate it by correctness, time what is right.
+"""One benchmark from beginning to end: build every variant, compare it with the truth, time it.
 
-A variant that is wrong is reported as wrong and not timed: a speed-up of a wrong program is none.  One that fails or
-that a time limit ends is a result too, with its reason.
+A variant that is wrong is called wrong wherever its time is shown, and no speed-up of it is reported: a wrong program's
+is none.  One that fails or that a time limit ends is a result too, with its reason.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Say = Callable[[str], None]
 class Outcome:
     """One variant at one case.
 
-    note        why it was not timed
+    note        why it is not ok
     first_s     the first call at this size: building, capturing or compiling included
     error       root mean square of the difference to the truth, over the truth's largest magnitude
     limit       of that error; the truth is eager itself in float32, else a float32 run
-    speedup     name of another variant -> how many times faster this one is
+    speedup     name of another variant -> how many times faster this one is; empty unless this one is right
     floor_ms    all operations at the machine's measured best, every weight read once
     """
 
@@ -99,8 +99,8 @@ class _Entry:
     found: dict[Case, dict[str, Any]] = field(default_factory=dict)
     ended: tuple[Status, str] | None = None
 
-    def ok(self, case: Case) -> bool:
-        return bool(self.found[case]["status"] == "ok")
+    def runs(self, case: Case) -> bool:
+        return self.found[case]["status"] in ("ok", "wrong")
 
 
 def measure(
@@ -241,7 +241,7 @@ def _first_calls(entry: _Entry, cases: Sequence[Case]) -> dict[str, Any]:
 
 def _timed(entries: Sequence[_Entry], case: Case, repeats: int, say: Say) -> dict[str, Times]:
     say(f"time: {case}")
-    calls = {e.name: WORKLOADS[case.what].cycle(e.pipe, case) for e in entries if e.ok(case)}
+    calls = {e.name: WORKLOADS[case.what].cycle(e.pipe, case) for e in entries if e.runs(case)}
     return alternate(calls, repeats=repeats, device=entries[0].pipe.device)
 
 
@@ -292,6 +292,7 @@ def _arguments_of(case: Case, arguments: tuple[Any, ...]) -> tuple[list[Any], di
 
 def _outcome(entry: _Entry, case: Case, times: Mapping[str, Times], floor: tuple[int, float] | None) -> Outcome:
     mine = times.get(entry.name)
-    others = {name: mine.speedup_over(t) for name, t in times.items() if name != entry.name} if mine else {}
+    right = mine if entry.found[case]["status"] == "ok" else None
+    others = {name: right.speedup_over(t) for name, t in times.items() if name != entry.name} if right else {}
     flops, floor_ms = floor or (None, None)
     return Outcome(case, entry.name, times=mine, speedup=others, flops=flops, floor_ms=floor_ms, **entry.found[case])

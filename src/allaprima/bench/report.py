@@ -75,7 +75,8 @@ def outcome_table(results: Results) -> Table:
     for outcome in results.outcomes:
         if before not in (None, outcome.case):
             table.add_section()
-        table.add_row(str(outcome.case) if outcome.case != before else "", outcome.variant, *_cells(outcome))
+        status = "" if outcome.status == "ok" else f" [bold red]{outcome.status}[/]"
+        table.add_row(str(outcome.case) if outcome.case != before else "", outcome.variant + status, *_cells(outcome))
         before = outcome.case
     return table
 
@@ -84,7 +85,7 @@ def _cells(outcome: Outcome) -> list[str]:
     first = _number(outcome.first_s, ".3g")
     error = _number(outcome.error, ".1e")
     if outcome.times is None:
-        return [f"[red]{outcome.status}[/]", outcome.note, "", "", first, error, ""]
+        return ["", outcome.note, "", "", first, error, ""]
     low, high = outcome.times.spread_ms
     return [
         f"{outcome.times.median_ms:.2f}",
@@ -155,18 +156,23 @@ def plot(path: Path, title: str, results: Results) -> None:
         places = [i * (len(variants) + 0.7) + j for i in range(len(cases))]
         speeds = [_speed_over_eager(mine[case]) for case in cases]
         bars = axes.barh(places, speeds, height=0.9, label=variant, color=COLOURS.get(variant))
-        labels = [f" {o.times.median_ms:.4g} ms" if (o := mine[case]).times else f" {o.status}" for case in cases]
+        labels = [_bar_label(mine[case]) for case in cases]
         axes.bar_label(bars, labels, fontsize=8)
     axes.set_yticks([i * (len(variants) + 0.7) + (len(variants) - 1) / 2 for i in range(len(cases))], map(str, cases))
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.15, y=0.01)
     axes.axvline(1, color="#616161", linewidth=0.8)
     axes.set_xlabel("times eager's speed")
     axes.set_title(title, fontsize=10, loc="left")
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(variants))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _bar_label(outcome: Outcome) -> str:
+    status = "" if outcome.status == "ok" else f" {outcome.status}"
+    return (f" {outcome.times.median_ms:.4g} ms" if outcome.times else "") + status
 
 
 def _speed_over_eager(outcome: Outcome) -> float:

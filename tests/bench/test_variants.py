@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from allaprima.bench.measure import error_limit, error_to
+from allaprima.bench.variants import LIMITED, VARIANTS, Unfinished, default_variants, time_limit
+from allaprima.bench.workloads import COMPONENTS, WORKLOADS, Case, aliased
+
+
+def test_every_variant_says_what_it_is() -> None:
+    assert all(variant.__doc__ for variant in VARIANTS.values())
+    assert set(LIMITED) < set(VARIANTS)
+    assert set(default_variants("cpu")) | set(default_variants("cuda")) <= set(VARIANTS)
+
+
+def test_a_limit_ends_what_takes_too_long() -> None:
+    start = time.monotonic()
+    with pytest.raises(Unfinished, match=r"unfinished after 0\.1 s"), time_limit(0.1):
+        time.sleep(10)
+    assert time.monotonic() - start < 5
+
+
+def stubborn() -> None:
+    """Compilers catch what comes out of a backend and try it otherwise."""
+    try:
+        time.sleep(10)
+    except Exception:
+        time.sleep(10)
+
+
+def wrapping() -> None:
+    try:
+        time.sleep(10)
+    except BaseException as error:
+        raise RuntimeError("backend failed") from error
+
+
+@pytest.mark.parametrize("compiler", [stubborn, wrapping])
+def test_a_compiler_that_catches_exceptions_is_ended_too(compiler: Callable[[], None]) -> None:
+    with pytest.raises(Unfinished), time_limit(0.1):
+        compiler()
+
+
+def test_a_limit_leaves_the_rest_alone() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    with time_limit(5):
+        pass
+    with pytest.raises(KeyError), time_limit(5):
+        raise KeyError("its own error")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_raw_openvino_draws_the_same(tiny_pipe: Any) -> None:
+    pytest.importorskip("openvino")
+    other = aliased(tiny_pipe)
+    VARIANTS["openvino"](other, COMPONENTS)
+    for what in ("step", "text", "vae", "e2e"):
+        for case in (Case(what, 64, 64, 1, 2), Case(what, 128, 64, 2, 2)):  # sizes and batches are dynamic
+            error = error_to(WORKLOADS[what].outputs(tiny_pipe, case), WORKLOADS[what].outputs(other, case))
+            assert error < error_limit(torch.float32, 0)
+
+
+def test_raw_openvino_reads_its_inputs_where_they_are(tiny_pipe: Any) -> None:
+    pytest.importorskip("openvino")
+    from allaprima.bench.variants import RawOpenVINO, _host
+
+    latents = torch.randn(1, 4, 8, 8)
+    assert _host(latents).__array_interface__["data"][0] == latents.data_ptr()
+    forward = RawOpenVINO(tiny_pipe.vae.decoder, "vae.decoder")
+    first = forward(latents)
+    kept = first.clone()
+    forward(latents + 1)
+    assert torch.equal(first, kept)  # a result is not overwritten by the next call
+
+
+@pytest.mark.parametrize("name", ["channels-last", "eager"])
+def test_eager_variants_draw_the_same(tiny_pipe: Any, name: str) -> None:
+    other = aliased(tiny_pipe)
+    VARIANTS[name](other, COMPONENTS)
+    case = Case("step", 64, 64, 1)
+    for mine, its in zip(
+        WORKLOADS["step"].outputs(tiny_pipe, case), WORKLOADS["step"].outputs(other, case), strict=True
+    ):
+        assert torch.allclose(mine, its, atol=1e-4)
