@@ -265,7 +265,7 @@ class _Reader:
             raise CaptureError("the graph has branches (torch.cond) or nested modules; it runs eagerly.")
         graph.clean()
         graph.ranges = self._ranges(graph)
-        graph.guards = self._guards()
+        graph.guards = self._guards(graph)
         return graph
 
     def _check_outputs(self) -> None:
@@ -322,17 +322,21 @@ class _Reader:
                 ranges[str(self.symbols[symbol])] = (max(1, int(bounds.lower)), int(upper) if finite else None)
         return ranges
 
-    def _guards(self) -> list[str]:
+    def _guards(self, graph: Graph) -> list[str]:
         """Branches on sizes that the module's own code took, as texts of our symbols.
 
-        Those that torch took by itself while it worked out shapes and strides change no operator.
+        Those that torch took by itself while it worked out shapes and strides change no operator; nor does the choice
+        of `max([a, b])` where the graph reads neither a nor b.
         """
         env = _shape_env(self.program)
+        live = "\n".join(str(n.meta.get("spec")) for n in graph.fx.nodes)
         found: dict[str, None] = {}
         for guard in env.guards if env is not None else ():
             expression = guard.expr.xreplace(env.replacements).xreplace(self.symbols)
             known = {str(s) for s in expression.free_symbols} <= {str(s) for s in self.symbols.values()}
-            if known and not _inside_torch(guard):
+            sides = [str(side) for side in expression.args if not side.is_number]
+            idle = _is_choice(guard) and not any(side in live for side in sides)
+            if known and not idle and not _inside_torch(guard):
                 found[str(expression)] = None
         return [text for text in found if text != "True"]
 
@@ -346,8 +350,12 @@ def _shape_env(program: torch.export.ExportedProgram) -> Any:
 
 
 def _inside_torch(guard: Any) -> bool:
-    place = str(guard.sloc.framework_loc)
-    return "/torch/_" in place and "non_strict_utils" not in place  # there `max(a, b)` of the module's code is decided
+    return "/torch/_" in str(guard.sloc.framework_loc) and not _is_choice(guard)
+
+
+def _is_choice(guard: Any) -> bool:
+    """Whether a `max` or `min` in the module's code compared two sizes."""
+    return "_tensor_min_max" in str(guard.sloc.framework_loc)
 
 
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")

@@ -13,6 +13,7 @@ size        a symbol: a whole number that the stage cannot read off its tensors
 
 from __future__ import annotations
 
+import ast
 import builtins
 import math
 import operator
@@ -213,9 +214,22 @@ _SIZE_FUNCTIONS = {
 }  # fmt: skip
 
 
+_ARITHMETIC = (
+    ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare,
+    ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
+)  # fmt: skip
+
+
 @lru_cache(maxsize=8192)
 def _compiled(expression: str) -> CodeType:
-    return compile(expression, "<size>", "eval")
+    """raises GraphError for anything but arithmetic: a text may come from a record on disk"""
+    try:
+        tree = ast.parse(expression, mode="eval")
+    except SyntaxError as error:
+        raise GraphError(f"{expression!r} is no size.") from error
+    if not all(isinstance(part, _ARITHMETIC) for part in ast.walk(tree)):
+        raise GraphError(f"{expression!r} is no size: only arithmetic is allowed.")
+    return compile(tree, "<size>", "eval")
 
 
 def evaluate(dim: Dim, symbols: Mapping[str, int]) -> int:
