@@ -36,7 +36,7 @@ from .capture import (
 )
 from .config import Config
 from .errors import AdapterError, AllaprimaError, CaptureError, OutOfMemoryError, SizeError
-from .fingerprint import StructureWatch, WeightsWatch, adapters, structure_key
+from .fingerprint import StructureWatch, WeightsWatch, adapters, structure
 from .graph import Graph, peak_bytes
 from .rewrite import rewrite, rules_for
 from .rewrite.rule import Declined
@@ -114,6 +114,8 @@ class Engine:
         self._structure: StructureWatch | None = None
         self._weights: WeightsWatch | None = None
         self._place = ("", "")
+        self._storable = False
+        """Whether the versions of torch and its like stand for all of the module's code."""
         self._runners: dict[Key, list[Runner]] = {}
         self._hopeless: dict[Key, str] = {}
 
@@ -189,6 +191,8 @@ class Engine:
             return "train mode: call .eval()"
         if hooked := self._structure.hooked():
             return f"a forward hook inside ({hooked})"
+        if torch.is_autocast_enabled(torch.device(self._place[1]).type):
+            return "autocast is on: give the model its dtype instead (pipe.to(dtype))"
         if torch.is_grad_enabled() and any(_wants_grad(v) for v in (*args, *kwargs.values())):
             return "an input requires gradients"
         return None
@@ -206,7 +210,9 @@ class Engine:
         for runners in self._runners.values():
             for runner in runners:
                 runner.stale |= changed
-        place = structure_key(self.module), str(_placement(self.module)[0])
+        key, foreign = structure(self.module)
+        self._storable = foreign is None and getattr(self.original, "__func__", None) is type(self.module).forward
+        place = key, str(_placement(self.module)[0])
         if place != self._place:
             self._forget_all_but(place, self._place)
             self._place = place
@@ -316,7 +322,7 @@ class Engine:
         return runner
 
     def _path(self, key: Key, index: int) -> Path | None:
-        if self.config.cache_dir is None:
+        if self.config.cache_dir is None or not self._storable:
             return None
         structure, _, signature = key
         parts = (structure, signature.structure, repr(signature.leaves), *_versions())

@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import is_
-from types import FunctionType, MethodType
-from typing import Any
+from types import CodeType, FunctionType, MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,83 +28,178 @@ _BOOKKEEPING = {
     "architectures", "torch_dtype", "dtype",
 }  # fmt: skip
 """Entries of configurations that say where a model came from; the parameters' dtypes are part of the key anyway."""
-_IGNORED = _MODULE_STATE | _BOOKKEEPING | {"forward", "_output_capturing_hooks_installed", "_hf_hook", "_old_forward"}
+_IGNORED = _MODULE_STATE | {"forward", "_output_capturing_hooks_installed", "_hf_hook", "_old_forward"}
+_VERSIONED = {"torch", "diffusers", "transformers", *sys.stdlib_module_names} - {"__main__"}
+"""Packages whose code is known by their version, which is part of a record's name."""
+_DEEP = 4
 
 
-def structure_key(module: nn.Module) -> str:
-    """Digest of all that decides the module's mathematics: classes, configuration, attributes, processors, names,
-    shapes and dtypes of parameters, train mode.  The weights' values are no part of it."""
+class Structure(NamedTuple):
+    """What decides a module's mathematics.
+
+    key      digest of classes and the code of their forwards, configuration, attributes, processors, names, shapes
+             and dtypes of parameters, train mode.  The weights' values are no part of it
+    foreign  a piece of code in the module that no package's version stands for (its source may change from one process
+             to the next), or None
+    """
+
+    key: str
+    foreign: str | None
+
+
+def structure(module: nn.Module) -> Structure:
+    describer = _Describer()
     digest = hashlib.sha256()
     for name, part in module.named_modules(remove_duplicate=False):
-        digest.update(json.dumps([name, _class(part), *_attributes(part)], default=str).encode())
+        digest.update(json.dumps([name, describer.kind(part), *_attributes(part, describer)], default=str).encode())
         for kind in (part._parameters, part._buffers):
             for key, tensor in kind.items():
                 shape = None if tensor is None else (tuple(tensor.shape), str(tensor.dtype))
                 digest.update(f"{key}:{shape};".encode())
-    return digest.hexdigest()
+    for forward in dict.fromkeys(type(part).forward for part in module.modules()):
+        digest.update(json.dumps(describer.function(forward), default=str).encode())
+    return Structure(digest.hexdigest(), next(iter(describer.foreign), None))
 
 
-def _class(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def structure_key(module: nn.Module) -> str:
+    return structure(module).key
 
 
-def _attributes(part: nn.Module) -> Iterator[tuple[str, Any]]:
+def _attributes(part: nn.Module, describer: _Describer) -> Iterator[tuple[str, Any]]:
     for name, value in sorted(part.__dict__.items()):
         # An attribute that is None counts as absent: diffusers' disable_freeu leaves None behind.
         if name not in _IGNORED and value is not None:
-            yield name, _describe(value)
+            yield name, describer.text(value)
 
 
-def _describe(value: Any, depth: int = 0) -> Any:
-    """A stable text of an attribute; objects by their class and what they hold, one level deep."""
-    if isinstance(value, _SIMPLE):
-        return repr(value)
-    if isinstance(value, torch.Tensor):
-        return hashlib.sha256(
-            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        ).hexdigest()
-    if isinstance(value, type | FunctionType | MethodType):
-        return f"{value.__module__}.{value.__qualname__}"
-    if hasattr(value, "to_diff_dict"):  # a configuration of transformers
-        return {k: str(v) for k, v in sorted(value.to_dict().items()) if k not in _IGNORED}
-    if depth > 2 or isinstance(value, nn.Module):
-        return _class(value)
-    if isinstance(value, dict):
-        return {str(k): _describe(v, depth + 1) for k, v in value.items() if k not in _IGNORED}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [
-            _describe(v, depth + 1) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)
-        ]
-    return [_class(value), _describe(getattr(value, "__dict__", {}), depth + 1)]
+class _Describer:
+    """Stable texts of attributes; objects by their class and what they hold."""
+
+    def __init__(self) -> None:
+        self.foreign: dict[str, None] = {}
+
+    def named(self, value: Any) -> str:
+        """The name of a class or function."""
+        name = f"{value.__module__}.{value.__qualname__}"
+        if str(value.__module__ or "torch").partition(".")[0] not in _VERSIONED:
+            self.foreign[name] = None
+        return name
+
+    def kind(self, value: Any) -> str:
+        return self.named(type(value))
+
+    def text(self, value: Any, depth: int = 0) -> Any:
+        if isinstance(value, _SIMPLE):
+            return repr(value)
+        if isinstance(value, torch.Tensor):
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            return [str(value.dtype), list(value.shape), hashlib.sha256(raw.tobytes()).hexdigest()]
+        if isinstance(value, type):
+            return self.named(value)
+        if depth > _DEEP or isinstance(value, nn.Module):
+            return self.kind(value)
+        if isinstance(value, FunctionType | MethodType):
+            return self.function(value, depth)
+        if hasattr(value, "__qualname__"):  # a function written in C
+            return self.named(value)
+        return self._contents(value, depth + 1)
+
+    def _contents(self, value: Any, depth: int) -> Any:
+        if hasattr(value, "to_diff_dict"):  # a configuration of transformers
+            settings = value.to_dict() | {"attention": getattr(value, "_attn_implementation", None)}
+            return {k: str(v) for k, v in sorted(settings.items()) if k not in _BOOKKEEPING}
+        if isinstance(value, dict):
+            known = _BOOKKEEPING if type(value).__name__ == "FrozenDict" else ()  # a configuration of diffusers
+            return {str(k): self.text(v, depth) for k, v in value.items() if k not in known}
+        if isinstance(value, list | tuple):
+            return [self.text(v, depth) for v in value]
+        if isinstance(value, set | frozenset):
+            return [self.text(v, depth) for v in sorted(value, key=str)]
+        if isinstance(value, functools.partial):
+            return [self.text(v, depth) for v in (value.func, value.args, value.keywords)]
+        if hasattr(value, "tobytes"):  # an array of numpy
+            return [repr(getattr(value, "dtype", None)), hashlib.sha256(value.tobytes()).hexdigest()]
+        if hasattr(value, "__dict__"):
+            return [self.kind(value), self.text(vars(value), depth)]
+        return [self.kind(value), repr(value)]
+
+    def function(self, value: Any, depth: int = 0) -> Any:
+        """A function by its name, its code and what it closes over."""
+        found = getattr(value, "__func__", value)
+        if not isinstance(found, FunctionType):
+            return self.named(value)
+        held = [_cell(c) for c in found.__closure__ or ()] + list(found.__defaults__ or ())
+        return [self.named(found), _code(found.__code__), [self.text(v, depth + 1) for v in held]]
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # still empty
+        return None
+
+
+def _code(code: CodeType) -> str:
+    inner = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return hashlib.sha256(code.co_code + repr((code.co_names, inner)).encode()).hexdigest()
 
 
 class StructureWatch:
-    """Remembers a module's parts and their attributes by identity."""
+    """Remembers a module's parts and what their attributes are and hold, by identity."""
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = list(module.modules())
         inner = [p for p in self.parts if p is not module]
-        processors = [p.__dict__["processor"] for p in inner if hasattr(p.__dict__.get("processor"), "__dict__")]
-        self._dicts = [d for p in self.parts for d in (p.__dict__, p._modules)] + [p.__dict__ for p in processors]
+        # Views of dictionaries and lists: they show what these hold at the time of reading.
+        self._views = [d.values() for p in self.parts for d in (p.__dict__, p._modules)] + list(_held(self.parts))
         # The values are kept alive, so that a new object can never stand at an old one's address.
         self._values = self._read()
+        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(map(type, self.parts))]
         self._hooks = [h for p in inner for h in (p._forward_hooks, p._forward_pre_hooks)]
         self._inner = inner
-        self._accelerated = next((type(p).__name__ for p in inner if "_hf_hook" in p.__dict__), None)
+        self._replaced = next((f"{type(p).__name__}: {_replacement(p)}" for p in inner if _replacement(p)), None)
 
     def _read(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._dicts)))
+        return list(chain.from_iterable(self._views))
 
     def unchanged(self) -> bool:
-        return _identical(self._read(), self._values)
+        same_code = all(kind.forward is forward for kind, forward in self._forwards)
+        return same_code and _identical(self._read(), self._values)
 
     def hooked(self) -> str | None:
-        """Which inner part has a forward hook, which an engine would bypass."""
-        if self._accelerated:
-            return f"{self._accelerated} (accelerate)"
+        """Which inner part has a forward hook or another forward, which an engine would bypass."""
+        if self._replaced:
+            return self._replaced
+        if _any_global_hook():
+            return "a hook on all modules"
         if not any(self._hooks):
             return None
         return next((type(p).__name__ for p in self._inner if not _only_recorders(p)), None)
+
+
+_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
+
+
+def _held(parts: Iterable[nn.Module]) -> Iterator[Iterable[Any]]:
+    """What dictionaries, lists and objects (processors, configurations) in the parts' attributes hold."""
+    seen: set[int] = set()
+    for part in parts:
+        for name, value in part.__dict__.items():
+            if name in _MODULE_STATE or id(value) in seen or isinstance(value, _SIMPLE):
+                continue
+            seen.add(id(value))
+            if isinstance(value, dict):
+                yield value.values()
+            elif isinstance(value, list):
+                yield value
+            elif not isinstance(value, nn.Module | type | FunctionType | MethodType) and hasattr(value, "__dict__"):
+                yield vars(value).values()
+
+
+def _replacement(part: nn.Module) -> str | None:
+    if "_hf_hook" in part.__dict__:
+        return "a hook of accelerate"
+    return "its forward was replaced" if "forward" in part.__dict__ else None
 
 
 def _identical(now: list[Any], before: list[Any]) -> bool:
