@@ -407,7 +407,7 @@ def _identifiers(dim: str) -> list[str]:
 
 def out_of_range(graph: Graph, symbols: Mapping[str, int]) -> dict[str, int]:
     """The symbols whose size lies outside what the capture is known to hold for."""
-    outside = {}
+    outside: dict[str, int] = {}
     for guard in graph.guards:
         if not evaluate(guard, symbols):
             outside |= {symbol: symbols[symbol] for symbol in _identifiers(guard)}
@@ -474,7 +474,7 @@ def same_program(general: Graph, special: Graph, tensors: Sequence[torch.Tensor]
         if isinstance(symbols, str):
             return [symbols]
         values: dict[Node, Any] = {}
-        out = []
+        out: list[Any] = []
         for node in graph.fx.nodes:
             found = node.meta.get("spec")
             if isinstance(found, SizeSpec):

@@ -154,7 +154,7 @@ class StructureWatch:
         self._views = [d.values() for p in self.parts for d in (p.__dict__, p._modules)] + list(_held(self.parts))
         # The values are kept alive, so that a new object can never stand at an old one's address.
         self._values = self._read()
-        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(map(type, self.parts))]
+        self._forwards = [(kind, _forward_of(kind)) for kind in dict.fromkeys(map(type, self.parts))]
         self._hooks = [h for p in inner for h in (p._forward_hooks, p._forward_pre_hooks)]
         self._inner = inner
         self._replaced = next((f"{type(p).__name__}: {_replacement(p)}" for p in inner if _replacement(p)), None)
@@ -163,7 +163,7 @@ class StructureWatch:
         return list(chain.from_iterable(self._views))
 
     def unchanged(self) -> bool:
-        same_code = all(kind.forward is forward for kind, forward in self._forwards)
+        same_code = all(_forward_of(kind) is forward for kind, forward in self._forwards)
         return same_code and _identical(self._read(), self._values)
 
     def hooked(self) -> str | None:
@@ -178,6 +178,10 @@ class StructureWatch:
 
 
 _any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
+
+
+def _forward_of(kind: type[nn.Module]) -> Any:
+    return kind.forward
 
 
 def _held(parts: Iterable[nn.Module]) -> Iterator[Iterable[Any]]:
