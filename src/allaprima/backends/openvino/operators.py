@@ -8,11 +8,14 @@ results.  Entries swallow arguments that have no bearing on inference in `**_`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
 import openvino.opset15 as op
+
+from ...graph import arguments, aten, is_call, is_tensor, spec
 
 if TYPE_CHECKING:
     from .translate import Translator
@@ -91,8 +94,8 @@ def _getitem(t: Translator, a: list[Any], b: int) -> Any:
 _UNARY: dict[str, Callable[[Any], Any]] = {
     "sin": op.sin, "cos": op.cos, "tan": op.tan, "exp": op.exp, "log": op.log, "sqrt": op.sqrt, "abs": op.abs,
     "neg": op.negative, "erf": op.erf, "floor": op.floor, "ceil": op.ceiling, "sign": op.sign, "tanh": op.tanh,
-    "sigmoid": op.sigmoid, "relu": op.relu, "mish": op.mish, "hardswish": op.hswish, "silu": op.swish,
-    "isnan": op.is_nan, "isinf": op.is_inf, "relu_": op.relu, "silu_": op.swish,
+    "sigmoid": op.sigmoid, "relu": op.relu, "mish": op.mish, "hardswish": op.hswish,
+    "isnan": op.is_nan, "isinf": op.is_inf, "relu_": op.relu,
 }  # fmt: skip
 
 
@@ -179,13 +182,28 @@ def _bool(t: Translator, x: Any) -> Any:
 # ---- two tensors ---------------------------------------------------------------------------------------------------
 
 
+def _is_per_channel(node: Any) -> bool:
+    """Whether a call combines [B, C, H, W] with [B or 1, C, 1, 1]."""
+    pictures, vector = (tuple(v.meta["spec"].shape) if is_tensor(v) else () for v in node.args[:2])
+    return len(pictures) == len(vector) == 4 and pictures[1] == vector[1] and vector[2:] == (1, 1) != pictures[2:]
+
+
+def _per_channel(t: Translator, function: Callable[..., Any], pictures: Any, vector: Any) -> Any:
+    """As [B, C, pixels]: in four dimensions OpenVINO works row by row, which is slow where rows are short."""
+    shape = t.spec.shape
+    flat = t.ints([0, 0, -1])
+    found = function(op.reshape(pictures, flat, True), op.reshape(vector, flat, True))
+    return t.reshape(found.output(0), (*shape[:2], ""), shape)
+
+
 def _arithmetic(function: Callable[..., Any]) -> Entry:
     def entry(t: Translator, x: Any, other: Any, alpha: Any = 1, **_: Any) -> Any:
         dtype = t.dtype
         other = t.cast(other, dtype)
         if alpha != 1:
             other = op.multiply(other, t.constant(alpha))
-        return function(t.cast(x, dtype), other)
+        x = t.cast(x, dtype)
+        return _per_channel(t, function, x, other) if _is_per_channel(t.node) else function(x, other)
 
     return entry
 
@@ -479,6 +497,9 @@ def _slice(t: Translator, x: Any, dim: int = 0, start: Any = None, end: Any = No
     end = INT_MAX if end is None else end
     if isinstance(start, int) and isinstance(end, int) and start == 0 and end >= INT_MAX and step == 1:
         return x
+    if _is_read_by_columns(t.node.args[0]) and step == 1:
+        start, end, _ = slice(start, end).indices(int(t.spec_of(0).shape[-1]))
+        return _columns(t, t.node.args[0], start, end)
     return op.slice(x, t.dims([start]), t.dims([end]), t.ints([step]), t.ints([axis_of(dim, x)]))
 
 
@@ -501,6 +522,9 @@ def _select(t: Translator, x: Any, dim: int, index: Any) -> Any:
 def _split(t: Translator, x: Any, dim: int = 0, **_: Any) -> list[Any]:
     axis = axis_of(dim, x)
     sizes = [s.shape[axis] for s in t.node.meta["spec"]]
+    if _is_read_by_columns(t.node.args[0]):
+        stops = list(accumulate(sizes))
+        return [_columns(t, t.node.args[0], stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
     if all(size == sizes[0] for size in sizes):
         return list(op.split(x, t.constant(axis, I64), len(sizes)).outputs())
     return list(op.variadic_split(x, t.constant(axis, I64), t.dims(sizes)).outputs())
@@ -675,6 +699,26 @@ def _linear(t: Translator, input: Any, weight: Any, bias: Any = None) -> Any:
     return product if bias is None else op.add(product, bias)
 
 
+_COLUMN_READERS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor)
+
+
+def _is_read_by_columns(x: Any) -> bool:
+    """Whether a value is a linear of which only ranges of columns are read: the halves of a gated MLP, or queries, keys
+    and values.  Then each range becomes a product with its rows of the weight: nothing is copied out afterwards, and
+    an activation of a range is fused into its product."""
+    if not is_call(x, aten.linear.default) or x.args[1].op != "placeholder":
+        return False
+    last = (-1, len(spec(x).shape) - 1)
+    return all(is_call(u, *_COLUMN_READERS) and arguments(u)["dim"] in last for u in x.users)
+
+
+def _columns(t: Translator, linear: Any, start: int, stop: int) -> Any:
+    named = arguments(linear)
+    bias = named["bias"]
+    rows = None if bias is None else t.rows(bias, start, stop)
+    return _linear(t, t.values[named["input"]], t.rows(named["weight"], start, stop), rows)
+
+
 @translates("matmul.default", "mm.default", "bmm.default")
 def _matmul(t: Translator, x: Any, other: Any = None, mat2: Any = None) -> Any:
     return op.matmul(x, other if mat2 is None else mat2, False, False)
@@ -702,16 +746,51 @@ def _attention(t: Translator, query: Any, key: Any, value: Any, attn_mask: Any =
     if dropout_p:
         raise Unsupported("attention with dropout")
     if enable_gqa:
-        heads, kv_heads = t.spec_of(0).shape[-3], t.spec_of(1).shape[-3]
-        if not isinstance(heads, int) or not isinstance(kv_heads, int):
-            raise Unsupported("grouped-query attention with a symbolic number of heads")
-        order = t.ints([h * kv_heads // heads for h in range(heads)])
-        axis = t.constant(rank(key) - 3, I64)
-        key, value = op.gather(key, order, axis), op.gather(value, order, axis)
-    scaling = None if scale is None else t.constant(float(scale))
-    if scaling is not None and attn_mask is None:
-        attn_mask = t.constant(0.0)
-    return op.scaled_dot_product_attention(query, key, value, attn_mask, scaling, is_causal)
+        key, value = (_repeat_heads(t, x, t.spec_of(0).shape[-3], t.spec_of(1).shape[-3]) for x in (key, value))
+    query = op.multiply(query, t.constant(_scale(t.spec_of(0).shape[-1], scale)))
+    return _attend(t, query, key, value, attn_mask, is_causal)
+
+
+@translates("allaprima.ops.attention")
+def _attention_rows_first(t: Translator, q: Any, k: Any, v: Any, mask: Any, scale: float | None, causal: bool) -> Any:
+    """[B, N, H, D].  Scaled before the transpose, so that OpenVINO takes the transpose into its attention kernel."""
+    q = op.multiply(q, t.constant(_scale(t.spec_of(0).shape[-1], scale)))
+    order = t.ints([0, 2, 1, 3])
+    q, k, v = (op.transpose(x, order) for x in (q, k, v))
+    return op.transpose(_attend(t, q, k, v, mask, causal), order)
+
+
+def _scale(channels: Any, scale: float | None) -> float:
+    if scale is None and not isinstance(channels, int):
+        raise Unsupported("attention over a symbolic number of channels")
+    return channels**-0.5 if scale is None else float(scale)
+
+
+def _repeat_heads(t: Translator, x: Any, heads: Any, kv_heads: Any) -> Any:
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        raise Unsupported("grouped-query attention with a symbolic number of heads")
+    order = t.ints([h * kv_heads // heads for h in range(heads)])
+    return op.gather(x, order, t.constant(rank(x) - 3, I64))
+
+
+def _attend(t: Translator, q: Any, k: Any, v: Any, mask: Any, causal: bool) -> Any:
+    """softmax(q·kᵀ + mask)·v, heads first.  A row that a boolean mask hides altogether yields zeros, as in ATen."""
+    scores = op.matmul(q, k, False, True)
+    if causal:
+        size = op.shape_of(scores)
+        zero, one = t.constant(0, I64), t.constant(1, I64)
+        last = rank(scores.output(0)) - 1
+        lengths = (op.gather(size, t.constant(axis, I64), zero) for axis in (last - 1, last))
+        rows, columns = (op.range(zero, length, one, "i64") for length in lengths)
+        mask = op.less_equal(columns, op.unsqueeze(rows, t.ints([1]))).output(0)
+    if mask is None:
+        return op.matmul(op.softmax(scores, -1), v, False, False)
+    boolean = mask.get_element_type() == BOOL
+    added = op.select(mask, t.constant(0.0), t.constant(-np.inf)) if boolean else mask
+    found = op.matmul(op.softmax(op.add(scores, added), -1), v, False, False)
+    if causal or not boolean:
+        return found
+    return op.select(op.reduce_logical_or(mask, t.ints([-1]), True), found, t.constant(0.0))
 
 
 # ---- convolutions and norms ----------------------------------------------------------------------------------------
@@ -758,12 +837,32 @@ def _conv_transpose(t: Translator, input: Any, weight: Any, bias: Any = None, st
 @translates("group_norm.default")
 def _group_norm(t: Translator, input: Any, num_groups: int, weight: Any = None, bias: Any = None,
                 eps: float = 1e-5, **_: Any) -> Any:  # fmt: skip
-    channels = t.spec_of(0).shape[1]
-    if not isinstance(channels, int):
+    return _norm_groups(t, input, num_groups, weight, bias, eps, silu=_is_activated(t.node))
+
+
+def _norm_groups(t: Translator, x: Any, groups: int, weight: Any, bias: Any, eps: float, silu: bool) -> Any:
+    """[B, C, pixels] throughout: OpenVINO's own GroupNormalization scales in four dimensions row by row, which costs
+    ten times more where rows are short."""
+    shape = t.spec.shape
+    if not isinstance(shape[1], int):
         raise Unsupported("group_norm over a symbolic number of channels")
-    scale = op.constant(np.ones(channels, np.float32)) if weight is None else weight
-    shift = op.constant(np.zeros(channels, np.float32)) if bias is None else bias
-    return op.group_normalization(input, scale, shift, num_groups, eps)
+    normal: Any = op.mvn(op.reshape(x, t.ints([0, groups, -1]), True), t.ints([2]), True, eps, "inside_sqrt")
+    normal = op.reshape(normal, t.ints([0, shape[1], -1]), True)
+    normal = normal if weight is None else op.multiply(normal, _channels(t, weight, 1))
+    normal = normal if bias is None else op.add(normal, _channels(t, bias, 1))
+    normal = op.swish(normal) if silu else normal
+    return t.reshape(normal.output(0), (*shape[:2], ""), shape)
+
+
+def _is_activated(norm: Any) -> bool:
+    """Whether a group_norm is read by a SiLU only: then it is applied to the flat form, in the same pass."""
+    return len(norm.users) == 1 and next(iter(norm.users)).target in (aten.silu.default, aten.silu_.default)
+
+
+@translates("silu.default", "silu_.default")
+def _silu(t: Translator, x: Any) -> Any:
+    done = is_call(t.node.args[0], aten.group_norm.default) and _is_activated(t.node.args[0])
+    return x if done else op.swish(x)
 
 
 @translates("layer_norm.default", "native_layer_norm.default")
@@ -854,14 +953,6 @@ def _upsample_bilinear(t: Translator, input: Any, output_size: Any, align_corner
 # ---- allaprima's own operators: OpenVINO fuses epilogues itself, so they are written out -----------------------------
 
 
-@translates("allaprima.ops.attention")
-def _attention_rows_first(t: Translator, q: Any, k: Any, v: Any, mask: Any, scale: float | None, causal: bool) -> Any:
-    """[B, N, H, D]."""
-    order = t.ints([0, 2, 1, 3])
-    q, k, v = (op.transpose(x, order).output(0) for x in (q, k, v))
-    return op.transpose(_attention(t, q, k, v, mask, 0.0, causal, scale), order)
-
-
 @translates("allaprima.ops.conv2d_add")
 def _conv_add(t: Translator, addend: Any, x: Any, **convolution: Any) -> Any:
     return op.add(_conv(t, x, **convolution), addend)
@@ -886,12 +977,12 @@ def _geglu_linear(t: Translator, x: Any, weight: Any, bias: Any, approximate: st
 
 @translates("allaprima.ops.group_norm_silu")
 def _group_norm_silu(t: Translator, x: Any, groups: int, weight: Any, bias: Any, eps: float) -> Any:
-    return op.swish(op.group_normalization(x, weight, bias, groups, eps))
+    return _norm_groups(t, x, groups, weight, bias, eps, silu=True)
 
 
 @translates("allaprima.ops.group_norm_silu_cat")
 def _group_norm_silu_cat(t: Translator, sources: list[Any], groups: int, weight: Any, bias: Any, eps: float) -> Any:
-    return op.swish(op.group_normalization(op.concat(sources, 1), weight, bias, groups, eps))
+    return _norm_groups(t, op.concat(sources, 1), groups, weight, bias, eps, silu=True)
 
 
 @translates("allaprima.ops.add_layer_norm")

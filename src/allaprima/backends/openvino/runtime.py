@@ -48,7 +48,7 @@ class OpenVinoExecutable:
     def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Translate the graph with these weights as constants, and compile it."""
         started = time.perf_counter()
-        translator = Translator(self.graph, lambda node: _constant(weights[node.name]))
+        translator = Translator(self.graph, lambda node, *rows: _constant(weights[node.name], *rows))
         translator.translate()
         if translator.failures:
             raise AllaprimaError("; ".join(translator.failures))
@@ -92,9 +92,9 @@ def _copied(result: Node, tensor: Any) -> Any:
     return torch.from_numpy(np.array(data)).to(spec.dtype)
 
 
-def _constant(weight: torch.Tensor) -> Any:
-    """A weight as a constant of the model."""
-    tensor = _shared(weight)
+def _constant(weight: torch.Tensor, start: int | None = None, stop: int | None = None) -> Any:
+    """A weight, or some of its rows, as a constant of the model."""
+    tensor = _shared(weight if start is None else weight[start:stop])
     constant = op.constant(tensor, shared_memory=True)
     if weight.dtype is torch.bfloat16:
         return op.convert(constant, "f32").output(0)

@@ -50,7 +50,7 @@ class Translator:
     node       the call being translated
     """
 
-    def __init__(self, graph: Graph, weight: Callable[[Node], Output]) -> None:
+    def __init__(self, graph: Graph, weight: Callable[..., Output]) -> None:
         self.graph = graph
         self.parameters: list[Any] = []
         self.values: dict[Node, Any] = {}
@@ -159,6 +159,10 @@ class Translator:
         if key not in self._vectors:
             self._vectors[key] = op.constant(np.array(values, np.int64)).output(0)
         return self._vectors[key]
+
+    def rows(self, weight: Node, start: int, stop: int) -> Output:
+        """Rows of a weight."""
+        return self._weight(weight, start, stop)
 
     def cast(self, value: Any, dtype: Any) -> Output:
         """The value as a tensor of another element type; numbers become constants."""
@@ -302,6 +306,13 @@ class _Names(dict[str, Any]):
 
 def unsupported(graph: Graph) -> list[str]:
     """One line for each node that has no translation: found by translating, weights left open."""
-    translator = Translator(graph, lambda node: parameter_for(node.meta["spec"], node.name).output(0))
+
+    def weight(node: Node, start: int = 0, stop: int | None = None) -> Output:
+        found = node.meta["spec"]
+        if stop is not None:
+            found = found.with_shape((stop - start, *found.shape[1:]))
+        return parameter_for(found, node.name).output(0)
+
+    translator = Translator(graph, weight)
     translator.translate()
     return translator.failures
