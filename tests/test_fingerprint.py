@@ -24,6 +24,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "a part replaced": lambda unet: setattr(unet, "conv_act", nn.ReLU()),
     "a number": lambda unet: setattr(unet.down_blocks[0].resnets[0], "output_scale_factor", 2.0),
     "a list edited in place": lambda unet: unet.down_blocks[0].marks.append(1),
+    "a plain tensor edited in place": lambda unet: unet.down_blocks[0].plain.add_(1),
     "a dictionary edited in place": lambda unet: unet.down_blocks[0].table.update(a=2),
     "dtype": lambda unet: unet.to(torch.bfloat16),
     "a parameter more": lambda unet: unet.register_parameter("extra", nn.Parameter(torch.zeros(2))),
@@ -37,6 +38,7 @@ def first_attention(unet: Any) -> Any:
 def unet() -> Any:
     made = tiny_unet()
     made.down_blocks[0].marks = []
+    made.down_blocks[0].plain = torch.zeros(2)
     made.down_blocks[0].table = {"a": 1}
     return made
 

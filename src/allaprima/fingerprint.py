@@ -155,6 +155,9 @@ class StructureWatch:
         # The values are kept alive, so that a new object can never stand at an old one's address.
         self._values = self._read()
         self._forwards = [(kind, _forward_of(kind)) for kind in dict.fromkeys(map(type, self.parts))]
+        # Parameters and buffers are the business of WeightsWatch; a plain tensor is part of the mathematics.
+        self._tensors = [v for v in self._values if isinstance(v, torch.Tensor)]
+        self._versions = [_version(t) for t in self._tensors]
         self._hooks = [h for p in inner for h in (p._forward_hooks, p._forward_pre_hooks)]
         self._inner = inner
         self._replaced = next((f"{type(p).__name__}: {_replacement(p)}" for p in inner if _replacement(p)), None)
@@ -164,7 +167,8 @@ class StructureWatch:
 
     def unchanged(self) -> bool:
         same_code = all(_forward_of(kind) is forward for kind, forward in self._forwards)
-        return same_code and _identical(self._read(), self._values)
+        same_numbers = [_version(t) for t in self._tensors] == self._versions
+        return same_code and same_numbers and _identical(self._read(), self._values)
 
     def hooked(self) -> str | None:
         """Which inner part has a forward hook or another forward, which an engine would bypass."""
@@ -178,6 +182,10 @@ class StructureWatch:
 
 
 _any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _forward_of(kind: type[nn.Module]) -> Any:

@@ -178,7 +178,7 @@ def describe(node: Node) -> str:
     if node.op == "placeholder":
         return f"{node.name} = {node.meta['role']} {node.meta['source']!r}{note}"
     if node.op == "output":
-        return f"return {node.args[0]}"
+        return f"return {tuple(node.args[0])}"  # type: ignore[arg-type]
     parts = [str(a) for a in node.args] + [f"{k}={v}" for k, v in node.kwargs.items()]
     return f"{node.name} = {target_name(node.target)}({', '.join(parts)}){note}"
 
@@ -321,6 +321,8 @@ def verify(graph: Graph) -> None:
     extra = set(graph.constants) - {n.name for n in graph.placeholders("constant")}
     if extra:
         raise GraphError(f"constants without a placeholder: {sorted(extra)}.")
+    for guard in graph.guards:
+        _compiled(guard)
 
 
 def _verify_node(node: Node) -> None:

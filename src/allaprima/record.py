@@ -11,6 +11,7 @@ import gzip
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,24 @@ FORMAT = 2
 
 def save(graph: Graph, path: Path) -> bool:
     """Write the record in one piece (a reader sees all of it or nothing).  returns False where the graph holds
-    something that only lives in this process, such as a result of an unregistered class."""
+    something that only lives in this process, such as a result of an unregistered class, and where the disk is full
+    or not ours to write: the next process captures again."""
     try:
         text = json.dumps(encode(graph), separators=(",", ":"))
     except (NotImplementedError, TypeError, ValueError):
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(gzip.compress(text.encode(), compresslevel=6, mtime=0))
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            try:
+                file.write(gzip.compress(text.encode(), compresslevel=6, mtime=0))
+                file.close()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
+                raise
+    except OSError:
+        return False
     return True
 
 
@@ -47,8 +56,9 @@ def load(path: Path) -> Graph | None:
         return decode(json.loads(gzip.decompress(path.read_bytes())))
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, GraphError):
-        path.unlink(missing_ok=True)
+    except Exception:  # noqa: BLE001 - a damaged file makes gzip, zlib, json and pytree raise whatever they like
+        with suppress(OSError):
+            path.unlink()
         return None
 
 
