@@ -198,7 +198,7 @@ def capture(module: torch.nn.Module, forward: Callable[..., Any], call: Call, di
     named: dict[str, Any] = {}
     shapes = tuple({i: _export_dim(d, named) for i, d in w.items()} or None for w in wanted)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _left_alone(module), torch.no_grad():
             program = torch.export.export(caller, examples, dynamic_shapes=(shapes,), strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
                 program = program.run_decompositions({})
@@ -231,6 +231,17 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _left_alone(module: torch.nn.Module) -> Iterator[None]:
+    """torch.export leaves copies where the module had lists and tuples; put the module's own back."""
+    before = [(part.__dict__, dict(part.__dict__)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            attributes.update(values)
 
 
 def _first_lines(error: BaseException, count: int = 3) -> str:
