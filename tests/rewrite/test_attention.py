@@ -97,11 +97,11 @@ MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x, y: join(
             F.scaled_dot_product_attention(split(x), split(y)[:, :1], split(y)[:, :1], enable_gqa=True)
         ),
-        "differ in batch or heads",
+        "heads share",
     ),
     "shared keys, broadcast": (
         lambda m, x, y: join(F.scaled_dot_product_attention(split(x), split(y)[:, :1], split(y))),
-        "differ in batch or heads",
+        "heads share",
     ),
     "one head without an axis": (lambda m, x, y: F.scaled_dot_product_attention(x, y, y), "rank 3"),
 }  # fmt: skip

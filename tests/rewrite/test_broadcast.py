@@ -26,6 +26,7 @@ def batch_of_x(name: str, tensor: torch.Tensor) -> dict[int, DynamicDim]:
 ROW_WISE: dict[str, Callable[..., Any]] = {
     "silu": lambda m, t: F.silu(t),
     "number": lambda m, t: 2.0 * t + 1,
+    "tensor without axes": lambda m, t: t * m.vector.sum(),
     "weights of the row": lambda m, t: t * m.vector,
     "weights with one row": lambda m, t: t * m.vector[None],
     "linear": lambda m, t: F.linear(t, m.matrix, m.vector),
@@ -51,6 +52,11 @@ def test_row_wise_operators_run_on_one_row(name: str) -> None:
     assert case.graph.results[0].target is aten.expand.default, "the broadcast is the last thing that happens"
     assert shape(case.graph.results[0].args[0])[0] == 1
     case.agrees((randn(1, 3), randn(1, 4)), (randn(2, 3), randn(1, 4)))
+
+
+def test_tensors_without_axes_are_no_rows() -> None:
+    case = Case(lambda m, x: x.sum() * torch.sin(x.sum() + 1), randn(5, 3), dims=batch_of_x)
+    assert case.reason(*SINK) == ""
 
 
 NOT_ROW_WISE: dict[str, Callable[..., Any]] = {

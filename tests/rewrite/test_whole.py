@@ -162,6 +162,8 @@ def test_networks_that_know_nothing_of_diffusion(backend: str) -> None:
         ids = torch.randint(0, 50, (2, 9))
         graph, report = rewritten(graph_of(llama, ids, use_cache=False, return_dict=False), rules_for(backend))
         assert report.fired["MergeSiblingLinears"] == 4, "q, k, v and the two of the gated MLP, in both layers"
+        assert report.fired["AttentionWithoutTransposes"] == (0 if shared else 2)
+        assert all("heads share" in d.reason for d in report.declined if d.rule == "AttentionWithoutTransposes")
         check_equal(graph, llama, torch.randint(0, 50, (1, 20)), use_cache=False, return_dict=False, tolerance=1e-6)
 
 

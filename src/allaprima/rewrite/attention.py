@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from .. import ops
-from ..graph import arguments, aten, call, replace, shape, sole_user, spec
+from ..graph import arguments, aten, call, is_call, replace, shape, sole_user, spec
 from .clean import permutation, permuted
 from .rule import Rule, source
 
@@ -36,8 +36,8 @@ class AttentionWithoutTransposes(Rule):
             return f"rank {len(shape(node))}, not [B, H, N, D]"
         if named["dropout_p"]:
             return "dropout is on"
-        if named.get("enable_gqa") or not shape(q)[:2] == shape(k)[:2] == shape(v)[:2]:
-            return "queries, keys and values differ in batch or heads"
+        if named.get("enable_gqa") or _is_repeated(v) or not shape(q)[:2] == shape(k)[:2] == shape(v)[:2]:
+            return "heads share keys and values, or differ in number"
         if named["is_causal"] and named["attn_mask"] is not None:
             return "a mask and is_causal together"
         if named["scale"] is None and not isinstance(shape(q)[3], int):
@@ -55,6 +55,11 @@ class AttentionWithoutTransposes(Rule):
         fused = call(node, ops.attention, args, spec(user))
         replace(user, fused)
         node.graph.erase_node(node)
+
+
+def _is_repeated(x: Node) -> bool:
+    """Whether each head of x stands for several, as grouped queries want it: reshape(expand(…))."""
+    return is_call(x, aten.reshape.default) and is_call(source(x), aten.expand.default)
 
 
 def _rows_first(before: Node, x: Node) -> Node:

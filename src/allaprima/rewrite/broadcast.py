@@ -64,7 +64,7 @@ class SinkBroadcast(Rule):
         rows = {a: x for a in tensors if (x := broadcast_rows(a)) is not None}
         if node.target in POINTWISE:
             rows = {a: x for a, x in rows.items() if len(shape(a)) == rank}
-            lone = all(a in rows or len(shape(a)) < rank or shape(a)[0] == 1 for a in tensors)
+            lone = all(a in rows or len(shape(a)) < rank or shape(a)[:1] == (1,) for a in tensors)
         else:
             lone = _treats_rows_alone(node, rank) and _row_inputs(node) <= rows.keys()
             rows = {a: x for a, x in rows.items() if a in _row_inputs(node)}

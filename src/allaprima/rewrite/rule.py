@@ -41,7 +41,7 @@ class Rule:
 
 def source(node: Node) -> Any:
     """What a call reads first: for most operators the tensor that they work on."""
-    return node.args[0]
+    return node.args[0] if node.args else None
 
 
 @dataclass(frozen=True)
