@@ -777,9 +777,10 @@ def command(
     """Draw many prompts with the eager and with the optimized pipeline and prove that the pictures are the same."""
     from . import optimize
     from .bench.environment import environment
-    from .generation import parse_size
+    from .generation import parse_size, quiet_libraries
     from .pipelines import load
 
+    quiet_libraries()
     pipe = optimize(load(model, dtype=dtype, device=device))
     reports = verify_many(
         pipe,

@@ -121,6 +121,26 @@ def test_errors_and_their_limits() -> None:
     assert error_to(truth, truth) == 0
     assert error_to(truth, [truth[0] + 1, truth[1] + 1]) == 0.25
     assert math.isnan(error_to(truth, [truth[0] * math.nan, truth[1]]))
+    assert error_to(truth, [truth[0], torch.zeros(1, 2)]) == math.inf
     assert error_limit(torch.float32, 0.5) == pytest.approx(1e-3)  # 60 dB
     assert error_limit(torch.bfloat16, 0.01) == pytest.approx(0.02 + 2**-8)
     assert error_limit(torch.float16, 0.01) == pytest.approx(0.02 + 2**-11)
+
+
+def test_a_case_that_fails_leaves_the_others() -> None:
+    def picky(pipe: Any, components: Any) -> None:
+        forward = pipe.unet.forward
+
+        def only_square(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if sample.shape[-1] != sample.shape[-2]:
+                raise ValueError("not square")
+            return forward(sample, *args, **kwargs)
+
+        pipe.unet.forward = only_square
+
+    VARIANTS["same"] = picky  # the fixture puts it back
+    results = measure(tiny_pipeline(), cases(["step"], [(72, 64), (64, 64)], [1], 4), ["same"], repeats=2)
+    assert [(o.status, o.note) for o in results.outcomes if o.variant == "same"] == [
+        ("failed", "ValueError: not square"),
+        ("ok", ""),
+    ]

@@ -61,11 +61,13 @@ def test_tables(results: Results) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(report.outcome_table(results), report.build_table(results))
     text = console.export_text()
-    line = lambda name: next(row for row in text.splitlines() if f" {name} " in row)  # noqa: E731
-    assert all(cell in line("ours") for cell in ("10.50", "2.00", "50%"))
-    assert "openvino wrong" in text
-    assert "unfinished after 3 s" in text
+    line = lambda name: next(row for row in text.splitlines() if f"  {name} " in row)  # noqa: E731
+    assert line("ours").split() == ["ours", "10.50", "2%", "2.00", "2", "1e-06", "50%"]
+    assert line("openvino").split() == ["openvino", "wrong", "10.50", "2%", "nan"]
+    assert line("compile").split() == ["compile", "unfinished"]
     assert "step 64x72 batch 1" in text
+    assert max(map(len, text.splitlines())) < 90
+    assert "compile, step 64x72 batch 1: unfinished: unfinished after 3 s" in report.notes(results)
 
 
 def test_plot(results: Results, tmp_path: Path) -> None:

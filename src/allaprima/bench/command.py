@@ -74,18 +74,20 @@ def bench(
     allaprima bench --arch sd15 --dtype bfloat16 --what step --sizes 256x256,512x512
     allaprima bench --variants eager,compile,ours --compile-limit 120
 
-    "× eager" is how many times faster than diffusers as it is; "of floor" is how much of the machine's own speed (its
-    best matrix product in this dtype) is reached, which no speed-up can show.
+    "±" is half the distance between the quartiles; "× eager" how many times faster than diffusers as it is; "floor" how
+    much of the machine's own speed (its best matrix product in this dtype) is reached, which no speed-up shows.
     """
     import torch
     from rich.console import Console
 
+    from ..generation import quiet_libraries
     from .environment import environment
     from .measure import measure
     from .report import compact, records, write_lines
     from .variants import VARIANTS, default_variants
     from .workloads import cases, subject
 
+    quiet_libraries()
     if threads:
         torch.set_num_threads(threads)
     console = Console(stderr=as_json)
@@ -120,12 +122,14 @@ def bench(
 
 
 def _show(console: Any, stem: Path, run: dict[str, Any], results: Results) -> None:
-    from .report import build_table, outcome_table, plot
+    from .report import build_table, notes, outcome_table, plot
 
     place = run["gpu"] if run["device"] == "cuda" else f"{run['cpu']}, {run['threads']} threads"
     title = f"{run['subject']}, {run['dtype']}, {place}, torch {run['packages']['torch']}"
     console.print(f"[bold]{title}[/]", highlight=False)
     console.print(outcome_table(results), build_table(results))
+    for note in notes(results):
+        console.print(note, style="red", markup=False, highlight=False)
     ceiling = results.ceiling
     console.print(
         f"the machine's best: {ceiling.flops_per_s / 1e9:.0f} GFLOP/s in {run['dtype']}, "

@@ -7,6 +7,7 @@ is none.  One that fails or that a time limit ends is a result too, with its rea
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import tempfile
@@ -162,7 +163,9 @@ def _truths(pipe: Any, cases: Sequence[Case], say: Say) -> dict[Case, list[torch
 
 
 def error_to(truth: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
-    """Root mean square of the difference over the largest magnitude of the truth."""
+    """Root mean square of the difference over the largest magnitude of the truth; infinite where the shapes differ."""
+    if any(g.shape != t.shape for g, t in zip(got, truth, strict=True)):
+        return math.inf
     difference = torch.cat([(g - t).flatten() for g, t in zip(got, truth, strict=True)])
     return float(difference.square().mean().sqrt() / max(float(t.abs().max()) for t in truth))
 
@@ -195,43 +198,48 @@ def _built(pipe: Any, name: str, cases: Sequence[Case], truths: Mapping[Case, An
     paths = components_of([case.what for case in cases])
     limit = (lambda: time_limit(limit_s)) if name in LIMITED else contextlib.nullcontext
     say(f"{name}: prepare")
-    with _ending(entry):
+    try:
         entry.build["prepare_s"] = seconds(lambda: VARIANTS[name](entry.pipe, paths), pipe.device)
+    except Exception as raised:
+        entry.ended = _reason(raised)
     for case in cases:
-        entry.found[case] = {}
-        if not entry.ended:
-            say(f"{name}: {case}")
-            with _ending(entry), limit():
-                first_s = seconds(WORKLOADS[case.what].cycle(entry.pipe, case), pipe.device)
-                entry.found[case] = {"first_s": first_s, **_judged(entry, case, truths[case])}
         if entry.ended:
-            entry.found[case] |= dict(zip(("status", "note"), entry.ended, strict=True))
+            entry.found[case] = _said(entry.ended)
+            continue
+        say(f"{name}: {case}")
+        try:
+            with limit():
+                first_s = seconds(WORKLOADS[case.what].cycle(entry.pipe, case), pipe.device)
+                error = error_to(truths[case], WORKLOADS[case.what].outputs(entry.pipe, case))
+            entry.found[case] = {"status": "ok", "first_s": first_s, "error": error}
+        except (Exception, Unfinished) as raised:
+            reason = _reason(raised)
+            entry.found[case] = _said(reason)
+            if reason[0] == "unfinished":
+                entry.ended = reason  # or every further case would take the whole limit
     entry.build |= _first_calls(entry, cases)
     return entry
 
 
-@contextlib.contextmanager
-def _ending(entry: _Entry) -> Iterator[None]:
-    """What is raised ends the variant and becomes its result."""
-    try:
-        yield
-    except Unfinished as error:
-        entry.ended = ("unfinished", str(error))
-    except Exception as error:  # any variant may fail in any way; the others are measured all the same
-        lines = str(error).strip().splitlines() or [""]
-        entry.ended = ("failed", f"{type(error).__name__}: {lines[0][:200]}")
+def _reason(raised: BaseException) -> tuple[Status, str]:
+    """Any variant may fail in any way; what it raised becomes its result, and the others are measured all the same."""
+    if isinstance(raised, Unfinished):
+        return "unfinished", str(raised)
+    lines = str(raised).strip().splitlines() or [""]
+    return "failed", f"{type(raised).__name__}: {lines[0][:200]}"
 
 
-def _judged(entry: _Entry, case: Case, truth: Sequence[torch.Tensor]) -> dict[str, Any]:
-    error = error_to(truth, WORKLOADS[case.what].outputs(entry.pipe, case))
-    return {"error": error, "status": "ok"}
+def _said(reason: tuple[Status, str]) -> dict[str, Any]:
+    return dict(zip(("status", "note"), reason, strict=True))
 
 
 def _first_calls(entry: _Entry, cases: Sequence[Case]) -> dict[str, Any]:
     """The very first call, and the first ones at further sizes of a component that has run before."""
     if entry.ended:
         return {"note": ": ".join(entry.ended)}
-    firsts = [(case.what, entry.found[case]["first_s"]) for case in cases]
+    firsts = [(case.what, entry.found[case]["first_s"]) for case in cases if entry.runs(case)]
+    if not firsts:
+        return {"note": entry.found[cases[0]]["note"]}
     later = [first for i, (what, first) in enumerate(firsts) if what in {name for name, _ in firsts[:i]}]
     return {
         "first_s": entry.build["prepare_s"] + firsts[0][1],

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .measure import Build, Outcome, Results
+    from .measure import Outcome, Results
+    from .timing import Times
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
@@ -63,70 +64,73 @@ def _rounded(value: Any) -> Any:
 
 
 def outcome_table(results: Results) -> Table:
-    """A row for each case and variant."""
-    from rich.table import Table
-
-    table = Table(title="Time of one call", title_justify="left")
-    table.add_column("case")
-    table.add_column("variant")
-    for heading in ("median ms", "quartiles", "× eager", "× openvino", "first call s", "error", "of floor"):
-        table.add_column(heading, justify="right")
+    """A line for each case, and under it a row for each variant; narrow enough for 80 columns."""
+    table = _table("case, variant", "median ms", "±", "× eager", "× openvino", "first s", "error", "floor")
     before = None
     for outcome in results.outcomes:
-        if before not in (None, outcome.case):
-            table.add_section()
+        if outcome.case != before:
+            table.add_row(f"[bold]{outcome.case}[/]")
+            before = outcome.case
         status = "" if outcome.status == "ok" else f" [bold red]{outcome.status}[/]"
-        table.add_row(str(outcome.case) if outcome.case != before else "", outcome.variant + status, *_cells(outcome))
-        before = outcome.case
+        table.add_row(f"  {outcome.variant}{status}", *_cells(outcome))
     return table
 
 
 def _cells(outcome: Outcome) -> list[str]:
-    first = _number(outcome.first_s, ".3g")
-    error = _number(outcome.error, ".1e")
-    if outcome.times is None:
-        return ["", outcome.note, "", "", first, error, ""]
-    low, high = outcome.times.spread_ms
+    times = outcome.times
     return [
-        f"{outcome.times.median_ms:.2f}",
-        f"{low:.2f} to {high:.2f}",
+        f"{times.median_ms:.2f}" if times else "",
+        f"{_half_spread(times):.0%}" if times else "",
         _number(outcome.speedup.get("eager"), ".2f"),
         _number(outcome.speedup.get("openvino"), ".2f"),
-        first,
-        error,
+        _number(outcome.first_s, ".2g"),
+        _number(outcome.error, ".0e"),
         _number(outcome.floor_share, ".0%"),
     ]
 
 
+def _half_spread(times: Times) -> float:
+    """Half the distance between the quartiles, as a share of the median."""
+    first, third = times.spread_ms
+    return (third - first) / 2 / times.median_ms
+
+
 def build_table(results: Results) -> Table:
     """What each variant costs before it is fast, and the memory it takes."""
-    from rich.table import Table
-
-    table = Table(title="What it costs", title_justify="left")
-    table.add_column("variant")
-    headings = (
-        "first result s", "second pipeline s", "new size s (worst)", "changed weight s", "captures", "capture s",
-        "peak MiB building", "running",
-    )  # fmt: skip
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = _table(
+        "variant", "first s", "again s", "new size s", "worst", "weight s", "captures", "build MiB", "run MiB"
+    )
     for build in results.builds:
-        table.add_row(build.variant, *_build_cells(build))
+        median, worst = build.new_size_s or (None, None)
+        table.add_row(
+            build.variant,
+            _number(build.first_s, ".2g"),
+            _number(build.cached_s, ".2g"),
+            _number(median, ".2g"),
+            _number(worst, ".2g"),
+            _number(build.rebuild_s, ".2g"),
+            _number(build.captures, "d"),
+            _number(build.peaks.building / MIB if build.peaks else None, ".0f"),
+            _number(build.peaks.running / MIB if build.peaks else None, ".0f"),
+        )
     return table
 
 
-def _build_cells(build: Build) -> list[str]:
-    new_size = f"{build.new_size_s[0]:.3g} ({build.new_size_s[1]:.3g})" if build.new_size_s else ""
-    return [
-        _number(build.first_s, ".3g") or build.note,
-        _number(build.cached_s, ".3g"),
-        new_size,
-        _number(build.rebuild_s, ".3g"),
-        "" if build.captures is None else str(build.captures),
-        _number(build.capture_s, ".3g"),
-        f"{build.peaks.building / MIB:.0f}" if build.peaks else "",
-        f"{build.peaks.running / MIB:.0f}" if build.peaks else "",
-    ]
+def notes(results: Results) -> list[str]:
+    """Why something has no time, or a time that does not count."""
+    found = [f"{o.variant}, {o.case}: {o.status}: {o.note}" for o in results.outcomes if o.note]
+    return found + [f"{b.variant} ran eager: {reason}" for b in results.builds for reason in b.fallbacks]
+
+
+def _table(first: str, *headings: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def _number(value: float | None, form: str) -> str:
