@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Entry = Callable[..., Any]
 TABLE: dict[str, Entry] = {}
 
-F32, I32, I64, BOOL = ov.Type.f32, ov.Type.i32, ov.Type.i64, ov.Type.boolean
+BF16, F32, I32, I64, BOOL = ov.Type.bf16, ov.Type.f32, ov.Type.i32, ov.Type.i64, ov.Type.boolean
+FLOATS = (BF16, F32)
 INT_MAX = 2**63 - 1
 
 
@@ -76,7 +77,7 @@ def _same(t: Translator, x: Any = None, input: Any = None, train: bool = False, 
 @translates("to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy.default", "type_as.default")
 def _to(t: Translator, x: Any, **_: Any) -> Any:
     source = x.get_element_type()
-    if t.dtype in (I32, I64) and source == F32:
+    if t.dtype in (I32, I64) and source in FLOATS:
         # PyTorch cuts towards zero; so does Convert.
         return op.convert(x, t.dtype.to_string())
     if t.dtype == BOOL and source != BOOL:
@@ -101,7 +102,7 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
 
 def _unary(function: Callable[[Any], Any]) -> Entry:
     def entry(t: Translator, x: Any, **_: Any) -> Any:
-        return function(t.cast(x, F32) if t.dtype == F32 else x)
+        return function(t.cast(x, t.dtype) if t.dtype in FLOATS else x)
 
     return entry
 
@@ -117,12 +118,12 @@ def _round(t: Translator, x: Any) -> Any:
 
 @translates("rsqrt.default")
 def _rsqrt(t: Translator, x: Any) -> Any:
-    return op.divide(t.constant(1.0), op.sqrt(t.cast(x, F32)))
+    return op.divide(t.constant(1.0), op.sqrt(t.cast(x, t.dtype)))
 
 
 @translates("reciprocal.default")
 def _reciprocal(t: Translator, x: Any) -> Any:
-    return op.divide(t.constant(1.0), t.cast(x, F32))
+    return op.divide(t.constant(1.0), t.cast(x, t.dtype))
 
 
 @translates("square.default")
@@ -223,8 +224,8 @@ def _rsub(t: Translator, x: Any, other: Any, alpha: Any = 1) -> Any:
 @translates("div.Tensor", "div.Scalar", "true_divide.Tensor", "div.Tensor_mode", "div.Scalar_mode")
 def _div(t: Translator, x: Any, other: Any, rounding_mode: str | None = None) -> Any:
     dtype = t.dtype
-    if rounding_mode is None or dtype == F32:
-        quotient = op.divide(t.cast(x, F32), t.cast(other, F32))
+    if rounding_mode is None or dtype in FLOATS:
+        quotient = op.divide(t.cast(x, dtype), t.cast(other, dtype))
         if rounding_mode is not None:
             quotient = op.floor(quotient) if rounding_mode == "floor" else _truncate(quotient)
         return t.cast(quotient.output(0), dtype)
@@ -240,7 +241,7 @@ def _truncate(x: Any) -> Any:
 @translates("floor_divide.default", "floor_divide.Scalar")
 def _floor_divide(t: Translator, x: Any, other: Any) -> Any:
     x, other = t.cast(x, t.dtype), t.cast(other, t.dtype)
-    if t.dtype == F32:
+    if t.dtype in FLOATS:
         return op.floor(op.divide(x, other))
     return op.divide(op.subtract(x, op.floor_mod(x, other)), other)
 
@@ -265,13 +266,14 @@ def _scalar_pow(t: Translator, x: Any, exponent: Any) -> Any:
 
 _COMPARISONS = {"eq": op.equal, "ne": op.not_equal, "lt": op.less, "le": op.less_equal, "gt": op.greater,
                 "ge": op.greater_equal}  # fmt: skip
-_RANKING = (BOOL, ov.Type.u8, I32, I64, F32)
+_RANKING = (BOOL, ov.Type.u8, I32, I64, BF16, F32)
 
 
 def _comparison(function: Callable[..., Any]) -> Entry:
     def entry(t: Translator, x: Any, other: Any) -> Any:
-        kinds = [F32 if isinstance(v, float) else BOOL if isinstance(v, bool) else I32 if isinstance(v, int)
-                 else v.get_element_type() for v in (x, other)]  # fmt: skip
+        kinds = [v.get_element_type() for v in (x, other) if hasattr(v, "get_element_type")]
+        if isinstance(other, float) and not any(k in FLOATS for k in kinds):
+            kinds.append(F32)
         kind = max(kinds, key=_RANKING.index)
         return function(t.cast(x, kind), t.cast(other, kind))
 
@@ -321,7 +323,7 @@ def _addcdiv(t: Translator, x: Any, tensor1: Any, tensor2: Any, value: Any = 1) 
 
 @translates("lerp.Scalar", "lerp.Tensor")
 def _lerp(t: Translator, x: Any, end: Any, weight: Any) -> Any:
-    return op.add(x, op.multiply(op.subtract(end, x), t.cast(weight, F32)))
+    return op.add(x, op.multiply(op.subtract(end, x), t.cast(weight, t.dtype)))
 
 
 # ---- reductions ----------------------------------------------------------------------------------------------------
@@ -354,7 +356,7 @@ def _var(t: Translator, x: Any, dim: Any = None, correction: Any = None, keepdim
     centred = op.subtract(x, op.reduce_mean(x, axes, True))
     total = op.reduce_sum(op.multiply(centred, centred), axes, keepdim)
     count = op.reduce_prod(op.gather(op.shape_of(x), axes, t.constant(0, I64)), t.ints([0]), False)
-    found = op.divide(total, op.subtract(op.convert(count, "f32"), t.constant(float(away), F32)))
+    found = op.divide(total, op.subtract(t.cast(count.output(0), t.dtype), t.constant(float(away))))
     return op.sqrt(found) if "std" in str(t.node.target) else found
 
 
@@ -413,12 +415,12 @@ def _cumsum(t: Translator, x: Any, dim: int, **_: Any) -> Any:
 
 @translates("softmax.int", "_softmax.default")
 def _softmax(t: Translator, x: Any, dim: int, **_: Any) -> Any:
-    return op.softmax(t.cast(x, F32), axis_of(dim, x))
+    return op.softmax(t.cast(x, t.dtype), axis_of(dim, x))
 
 
 @translates("log_softmax.int", "_log_softmax.default")
 def _log_softmax(t: Translator, x: Any, dim: int, **_: Any) -> Any:
-    return op.log_softmax(t.cast(x, F32), axis_of(dim, x))
+    return op.log_softmax(t.cast(x, t.dtype), axis_of(dim, x))
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------
@@ -850,7 +852,7 @@ def _norm_groups(t: Translator, x: Any, groups: int, weight: Any, bias: Any, eps
     normal = op.reshape(normal, t.ints([0, shape[1], -1]), True)
     normal = normal if weight is None else op.multiply(normal, _channels(t, weight, 1))
     normal = normal if bias is None else op.add(normal, _channels(t, bias, 1))
-    normal = op.swish(normal) if silu else normal
+    normal = op.swish(normal, t.constant(1.0)) if silu else normal
     return t.reshape(normal.output(0), (*shape[:2], ""), shape)
 
 
@@ -862,7 +864,7 @@ def _is_activated(norm: Any) -> bool:
 @translates("silu.default", "silu_.default")
 def _silu(t: Translator, x: Any) -> Any:
     done = is_call(t.node.args[0], aten.group_norm.default) and _is_activated(t.node.args[0])
-    return x if done else op.swish(x)
+    return x if done else op.swish(x, t.constant(1.0))
 
 
 @translates("layer_norm.default", "native_layer_norm.default")
@@ -890,8 +892,8 @@ def _batch_norm(t: Translator, input: Any, weight: Any, bias: Any, running_mean:
     if training or running_mean is None:
         raise Unsupported("batch_norm with the batch's own statistics")
     channels = t.spec_of(0).shape[1]
-    scale = op.constant(np.ones(channels, np.float32)) if weight is None else weight  # type: ignore[arg-type]
-    shift = op.constant(np.zeros(channels, np.float32)) if bias is None else bias  # type: ignore[arg-type]
+    scale = op.constant(np.ones(channels, np.float32), dtype=t.dtype) if weight is None else weight  # type: ignore[arg-type]
+    shift = op.constant(np.zeros(channels, np.float32), dtype=t.dtype) if bias is None else bias  # type: ignore[arg-type]
     return op.batch_norm_inference(input, scale, shift, running_mean, running_var, eps)
 
 

@@ -18,9 +18,6 @@ from ...errors import AllaprimaError
 from ...graph import Graph, SizeSpec
 from .translate import Translator, element_type
 
-PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-
-
 @lru_cache(maxsize=1)
 def _core() -> Any:
     return ov.Core()
@@ -30,7 +27,7 @@ class OpenVinoExecutable:
     """A stage as an OpenVINO model for the CPU.
 
     graph          what it computes
-    dtype          the precision of the arithmetic: float32 or bfloat16
+    dtype          the module's: float32 or bfloat16.  Each tensor keeps the dtype that the graph gives it
     threads        how many threads a run may use; None leaves it to OpenVINO
     build_seconds  time of the last translation, bind_seconds of the last `bind` in all
     """
@@ -38,8 +35,9 @@ class OpenVinoExecutable:
     def __init__(self, graph: Graph, *, dtype: torch.dtype, threads: int | None = None) -> None:
         self.graph = graph
         self.build_seconds = self.bind_seconds = 0.0
-        # The precision is always said: OpenVINO's own choice is bf16 wherever the processor has it.
-        self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype], "PERFORMANCE_HINT": "LATENCY"}
+        # The model says the type of every tensor; "f32" is leave to change none.  (Without it OpenVINO computes in bf16
+        # wherever the processor can, and with "bf16" it narrows also what the graph computes in float32.)
+        self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             self._config["INFERENCE_NUM_THREADS"] = threads
         self._request: Any = None
@@ -94,9 +92,5 @@ def _copied(result: Node, tensor: Any) -> Any:
 
 def _constant(weight: torch.Tensor, start: int | None = None, stop: int | None = None) -> Any:
     """A weight, or some of its rows, as a constant of the model."""
-    tensor = _shared(weight if start is None else weight[start:stop])
-    constant = op.constant(tensor, shared_memory=True)
-    if weight.dtype is torch.bfloat16:
-        return op.convert(constant, "f32").output(0)
     element_type(weight.dtype)
-    return constant.output(0)
+    return op.constant(_shared(weight if start is None else weight[start:stop]), shared_memory=True).output(0)

@@ -1,7 +1,8 @@
 """From a Graph to an ov.Model, node by node: microseconds a node, no trace, every size.
 
-Floating-point tensors are f32 in the model whatever the graph's dtype; the precision of the arithmetic is chosen when
-the model is compiled.  Sizes are i64 scalars, read off the inputs' shapes once for each expression.
+Every tensor has the type that the graph gives it, bfloat16 included, so that what a module computes in float32 (the
+embedding of timesteps, rotary angles, norms) stays in float32.  Sizes are i64 scalars, read off the inputs' shapes once
+for each expression.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Output: TypeAlias = Any
 """An ov.Output: one value of the model."""
 
 ELEMENT_TYPES: dict[torch.dtype, Any] = {
-    torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.f32, torch.int64: ov.Type.i64, torch.int32: ov.Type.i32,
+    torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16, torch.int64: ov.Type.i64, torch.int32: ov.Type.i32,
     torch.uint8: ov.Type.u8, torch.bool: ov.Type.boolean,
 }  # fmt: skip
 
@@ -36,12 +37,12 @@ def element_type(dtype: torch.dtype) -> Any:
     return ELEMENT_TYPES[dtype]
 
 
-def parameter_for(spec: TensorSpec | SizeSpec, name: str, dtype: Any = None) -> Any:
+def parameter_for(spec: TensorSpec | SizeSpec, name: str) -> Any:
     """An ov Parameter of a placeholder's shape; symbolic dimensions are free."""
     if isinstance(spec, SizeSpec):
         return op.parameter([], ov.Type.i64, name)
     dims = [d if isinstance(d, int) else -1 for d in spec.shape]
-    return op.parameter(ov.PartialShape(dims), dtype or element_type(spec.dtype), name)
+    return op.parameter(ov.PartialShape(dims), element_type(spec.dtype), name)
 
 
 class Translator:
@@ -86,11 +87,9 @@ class Translator:
     def _placeholder(self, node: Node) -> Any:
         if node.meta["role"] not in ("input", "size"):
             return self._weight(node)
-        spec = node.meta["spec"]
-        bf16 = isinstance(spec, TensorSpec) and spec.dtype is torch.bfloat16
-        parameter = parameter_for(spec, node.name, ov.Type.bf16 if bf16 else None)
+        parameter = parameter_for(node.meta["spec"], node.name)
         self.parameters.append(parameter)
-        return self.cast(parameter.output(0), ov.Type.f32) if bf16 else parameter.output(0)
+        return parameter.output(0)
 
     def _call(self, node: Node) -> Any:
         name = target_name(node.target)
@@ -122,11 +121,8 @@ class Translator:
         for result in self.graph.results:
             if not isinstance(result, Node):
                 continue
-            value, found = self._value(result), result.meta["spec"]
-            value = self.constant(value, ov.Type.i64) if isinstance(value, int) else value
-            if isinstance(found, TensorSpec) and found.dtype is torch.bfloat16:
-                value = self.cast(value, ov.Type.bf16)
-            results.append(op.result(value))
+            value = self._value(result)
+            results.append(op.result(self.constant(value, ov.Type.i64) if isinstance(value, int) else value))
         return ov.Model(results, self.parameters, "stage")
 
     # ---- values ----------------------------------------------------------------------------------------------------
