@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetMode
 from allaprima.capture import DynamicDim
 from allaprima.graph import Graph, aten, verify
 from allaprima.rewrite import PORTABLE, Rewritten, rewrite, rules_for
-from tests.rewrite.check import BATCH, check_equal, graph_of, rewritten
+from tests.rewrite.check import BATCH, check_equal, check_specs, graph_of, read, rewritten
 from tests.tiny import CROSS_DIM, tiny_bert, tiny_clip, tiny_unet, tiny_vae
 
 BACKENDS = ("portable", "aten", "openvino", "cuda")
@@ -108,6 +108,28 @@ def test_specs_are_true_at_any_size(
 ) -> None:
     graph, _ = rewritten(unet_graph, rules_for("cuda"))
     check_equal(graph, unet, *unet_call(batch, height, width, tokens, dtype=torch.float64), return_dict=False)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_no_worse_than_eager(dtype: torch.dtype) -> None:
+    """Against float64, in the median over some pictures."""
+    short, wide = tiny_unet(dtype=dtype), tiny_unet(dtype=dtype).double()
+    levels, short.num_upsamplers = short.num_upsamplers, MANY_LEVELS
+    captured = graph_of(short, *unet_call(2, 16, 16, 77, dtype=dtype), dims=unet_dims, return_dict=False)
+    short.num_upsamplers = levels
+    graphs = [rewritten(captured, rules_for(backend))[0] for backend in BACKENDS]
+    ratios: list[list[float]] = []
+    for _ in range(5):
+        sample, t, text = unet_call(1, 10, 12, 9, dtype=dtype)
+        truth = wide(sample.double(), t, text.double(), return_dict=False)[0]
+        eager = short(sample, t, text, return_dict=False)[0]
+        call = read(short, sample, t, text, return_dict=False)
+        ours = [check_specs(graph, short, call)[0] for graph in graphs]
+        ratios.append([((o - truth).norm() / (eager - truth).norm()).item() for o in ours])
+    medians = [sorted(column)[2] for column in zip(*ratios, strict=True)]
+    assert max(medians) <= 1.1, dict(zip(BACKENDS, medians, strict=True))
 
 
 def test_rewriting_twice_finds_nothing_more(unet_graph: Graph) -> None:
