@@ -33,7 +33,7 @@ def parts(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     tiny = SimpleNamespace(
         name="tiny",
         title="Tiny",
-        examples=("a red apple", "红苹果"),
+        example_prompts=("a red apple", "红苹果"),
         native_size=64,
         steps=2,
         guidance=7.5,

@@ -400,14 +400,16 @@ def _show_drawn(drawn: list[Drawn]) -> None:
 def _show_models(embedded: Any, loras: Any) -> None:
     from rich.table import Table
 
-    table = Table("model", "language", "size", "steps", "what it is", "try", title="Embedded models")
+    table = Table("model", "language", "size", "what it is", "try", title="Embedded models", show_lines=True)
     for model in embedded.values():
-        size = f"{model.native_size}x{model.native_size}"
-        examples = "\n".join(model.examples[:3])
-        table.add_row(model.name, model.language, size, str(model.steps), model.description, examples)
+        height, width = model.native_size
+        examples = "\n".join(model.example_prompts[:3])
+        table.add_row(model.name, model.language, f"{width}x{height}", model.description, examples)
     _out().print(table)
-    if loras:
-        _out().print("LoRAs: " + ", ".join(loras))
+    adapters = Table("LoRA", "for", "what it is", "changes", title="Embedded LoRAs")
+    for lora in loras.values():
+        adapters.add_row(lora.name, lora.model, lora.description, lora.targets)
+    _out().print(adapters)
     _out().print("The words a model knows: [bold]allaprima models --vocabulary NAME[/]")
     _out().print("Any Stable Diffusion checkpoint works too: [bold]allaprima generate … --model FOLDER_OR_FILE[/]")
 

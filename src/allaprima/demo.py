@@ -93,7 +93,7 @@ def draw_row(model: Any) -> Row:
     eager = load(model.name)
     begun = time.perf_counter()
     ours = optimize(load(model.name))
-    requests = [Request((prompt,), seed=SEED + i) for i, prompt in enumerate(model.examples[:NUM_PROMPTS])]
+    requests = [Request((prompt,), seed=SEED + i) for i, prompt in enumerate(model.example_prompts[:NUM_PROMPTS])]
     draw_one(ours, requests[0], model.name, optimized=True)
     ready_s = time.perf_counter() - begun
     draw_one(eager, requests[0], model.name, optimized=False)
@@ -109,7 +109,7 @@ def draw_row(model: Any) -> Row:
     settings = settle(requests[0], ours, model.name)
     verdict = verify(
         ours,
-        model.examples[0],
+        model.example_prompts[0],
         height=settings.height,
         width=settings.width,
         num_inference_steps=settings.steps,

@@ -141,8 +141,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def settle(request: Request, pipe: Any, model: str) -> Settings:
     """Fill what the request leaves open with what suits the model."""
-    native, steps, guidance_scale = defaults(pipe, model)
-    width, height = request.size or _size_of(request.init_image) or (native, native)
+    native_size, steps, guidance_scale = defaults(pipe, model)
+    width, height = request.size or _size_of(request.init_image) or native_size
     return Settings(
         model=Path(model).stem or model,
         width=width,
@@ -154,14 +154,15 @@ def settle(request: Request, pipe: Any, model: str) -> Settings:
     )
 
 
-def defaults(pipe: Any, model: str) -> tuple[int, int, float]:
-    """(native size in pixels, steps, guidance scale) of a model."""
+def defaults(pipe: Any, model: str) -> tuple[tuple[int, int], int, float]:
+    """(native width and height in pixels, steps, guidance scale) of a model."""
     from .models import EMBEDDED
 
-    if model in EMBEDDED:
-        known = EMBEDDED[model]
-        return known.native_size, known.steps, known.guidance
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor, STEPS, GUIDANCE_SCALE
+    if known := EMBEDDED.get(model):
+        height, width = known.native_size
+        return (width, height), known.steps, known.guidance_scale
+    native = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return (native, native), STEPS, GUIDANCE_SCALE
 
 
 def sampler_name(scheduler: Any) -> str:
