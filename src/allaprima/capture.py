@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .graph import Graph, SizeSpec, Spec, TensorSpec, aten, evaluate, target_name, verify
+from .graph import Graph, SizeSpec, Spec, TensorSpec, aten, evaluate, number, target_name, verify
 
 # ---- calls ---------------------------------------------------------------------------------------------------------
 
@@ -489,7 +489,7 @@ def same_program(general: Graph, special: Graph, tensors: Sequence[torch.Tensor]
         for node in graph.fx.nodes:
             found = node.meta.get("spec")
             if isinstance(found, SizeSpec):
-                values[node] = evaluate(found.expr, symbols)
+                values[node] = number(found.expr, symbols)
                 continue
             if _is_same(node):
                 values[node] = values[node.args[0]]

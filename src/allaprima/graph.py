@@ -232,11 +232,16 @@ def _compiled(expression: str) -> CodeType:
     return compile(tree, "<size>", "eval")
 
 
+def number(dim: Dim, symbols: Mapping[str, int]) -> Any:
+    """The number that an expression has for given symbols: whole for a size, a float for a quotient of sizes."""
+    if not isinstance(dim, str):
+        return dim
+    return eval(_compiled(dim), _SIZE_FUNCTIONS, symbols)  # noqa: S307 - `_compiled` lets arithmetic through only
+
+
 def evaluate(dim: Dim, symbols: Mapping[str, int]) -> int:
     """The size that an expression has for given symbols."""
-    if isinstance(dim, int):
-        return dim
-    return int(eval(_compiled(dim), _SIZE_FUNCTIONS, symbols))  # noqa: S307 - texts made by `capture`, names bound here
+    return int(number(dim, symbols))
 
 
 def evaluate_shape(dims: Iterable[Dim], symbols: Mapping[str, int]) -> tuple[int, ...]:

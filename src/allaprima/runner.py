@@ -11,7 +11,7 @@ import torch
 from .backends import build
 from .backends.base import INPUT_ROLES, Executable
 from .config import Config
-from .graph import Graph
+from .graph import Graph, SizeSpec, number
 from .stage import Program, Stage, Time, Value
 from .weights.binding import Binding, weight_names
 
@@ -34,6 +34,7 @@ class Runner:
         """Sizes (symbol, size) outside of the capture's ranges for which it is known to hold all the same."""
         self.stale: set[str] = set()
         self.bound = False
+        self._fixed: dict[str, torch.Tensor] = {}
         self.backends: dict[Time, str] = {}
         self._stages: list[_RunningStage] = []
         for when, stage in program.stages.items():
@@ -51,6 +52,11 @@ class Runner:
                 running.executable.bind(self.binding.values(graph, sources))
                 running.forget()
                 rebuilt |= self.bound
+        self._fixed = {
+            r.name: self.binding.value(r.role, r.name, sources)
+            for r in self.program.results
+            if isinstance(r, Value) and r.role != "input"
+        }
         self.stale, self.bound = set(), True
         return rebuilt
 
@@ -60,7 +66,7 @@ class Runner:
         symbols: Mapping[str, int],
         timesteps: tuple[torch.Tensor, int] | None,
     ) -> list[Any]:
-        values: dict[str, Any] = dict(zip(self.program.inputs, tensors, strict=True))
+        values: dict[str, Any] = {**self._fixed, **dict(zip(self.program.inputs, tensors, strict=True))}
         for running in self._stages:
             if running.stage.time is Time.STEP:
                 outputs = running.run(values, symbols)
@@ -72,7 +78,15 @@ class Runner:
             else:
                 outputs = running.kept(values, symbols, self.runs)
             values.update(zip(running.stage.outputs, outputs, strict=True))
-        return [values[r.name] if isinstance(r, Value) else r for r in self.program.results]
+        return [_result(r, values, symbols) for r in self.program.results]
+
+
+def _result(result: Any, values: Mapping[str, Any], symbols: Mapping[str, int]) -> Any:
+    if isinstance(result, Value):
+        return values[result.name].clone() if result.shared else values[result.name]
+    if isinstance(result, SizeSpec):
+        return number(result.expr, symbols)
+    return result.clone() if isinstance(result, torch.Tensor) else result
 
 
 class _RunningStage:

@@ -8,6 +8,7 @@ Sizes have no stage: each stage reads them off its own tensors, or gets them as 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class Program:
 
     stages   in the order of their times; empty ones are left out
     inputs   names of the call's tensors
-    results  what the call returns: names of values, or constants
+    results  what the call returns: values by name, sizes by expression, constants
     ranges, outputs  as in Graph
     """
 
@@ -73,9 +74,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Value:
-    """A name in `Program.results`."""
+    """A result by its name: an input, a weight, or what a stage computes.
+
+    shared  whether it outlives the call, so that the caller must get a copy
+    """
 
     name: str
+    role: str = "input"
+    shared: bool = False
 
 
 def binding_times(graph: Graph, declared: Mapping[str, Time]) -> dict[Node, Time]:
@@ -121,11 +127,22 @@ def cut(graph: Graph, declared: Mapping[str, Time], fired: Mapping[str, int] | N
     return Program(
         stages=stages,
         inputs=tuple(p.meta["source"] for p in graph.placeholders("input")),
-        results=tuple(Value(_value_name(r)) if isinstance(r, Node) else r for r in graph.results),
+        results=tuple(_result(r, graph, times) if isinstance(r, Node) else r for r in graph.results),
         symbols=_signature_only(graph),
         outputs=graph.outputs,
         fired=dict(fired or {}),
     )
+
+
+def _result(node: Node, graph: Graph, times: Mapping[Node, Time]) -> Any:
+    if is_size(node):
+        return node.meta["spec"]
+    if node.meta.get("role") == "constant":
+        return graph.constants[node.name]
+    if node.op == "placeholder":
+        return Value(_value_name(node), node.meta["role"])
+    role = "derived" if times[node] == Time.WEIGHTS else "input"
+    return Value(_value_name(node), role, shared=times[node] != Time.STEP)
 
 
 def _value_name(node: Node) -> str:
@@ -191,7 +208,8 @@ class _StageBuilder:
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Mod": operator.mod, "PythonMod": operator.mod, "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv,
     "Max": torch.sym_max, "Min": torch.sym_min, "ToFloat": torch.sym_float, "FloatTrueDiv": operator.truediv,
-    "IntTrueDiv": operator.truediv, "PowByNatural": operator.pow,
+    "IntTrueDiv": operator.truediv, "PowByNatural": operator.pow, "FloatPow": operator.pow,
+    "TruncToInt": torch.sym_int, "floor": math.floor, "ceiling": math.ceil,
 }  # fmt: skip
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,

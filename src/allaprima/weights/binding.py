@@ -74,6 +74,9 @@ class Binding:
         shared = {s.untyped_storage().data_ptr() for s in self._sources_seen}
         return sum(size for pointer, size in own.items() if pointer not in shared)
 
+    def value(self, role: str, name: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self._derived[name] if role == "derived" else sources[name]
+
     def values(self, graph: Graph, sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Placeholder name -> value, for a stage's weight placeholders."""
         found = {}
