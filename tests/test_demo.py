@@ -34,9 +34,9 @@ def parts(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         name="tiny",
         title="Tiny",
         example_prompts=("a red apple", "红苹果"),
-        native_size=64,
+        native_size=(64, 64),
         steps=2,
-        guidance=7.5,
+        guidance_scale=7.5,
         description="x",
     )
 
