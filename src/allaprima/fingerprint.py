@@ -197,7 +197,8 @@ def _held(parts: Iterable[nn.Module]) -> Iterator[Iterable[Any]]:
     seen: set[int] = set()
     for part in parts:
         for name, value in part.__dict__.items():
-            if name in _MODULE_STATE or id(value) in seen or isinstance(value, _SIMPLE):
+            # Among the ignored names is the engine's own, and an engine changes at every call.
+            if name in _IGNORED or id(value) in seen or isinstance(value, _SIMPLE):
                 continue
             seen.add(id(value))
             if isinstance(value, dict):
