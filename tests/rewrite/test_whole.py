@@ -20,7 +20,6 @@ from tests.rewrite.check import BATCH, check_equal, check_specs, graph_of, read,
 from tests.tiny import CROSS_DIM, tiny_bert, tiny_clip, tiny_unet, tiny_vae
 
 BACKENDS = ("portable", "aten", "openvino", "cuda")
-TWO = ("portable", "cuda")
 MANY_LEVELS = 30  # more than any UNet has: the size to which each level upsamples is then always passed on
 
 
@@ -141,65 +140,69 @@ def test_rewriting_twice_finds_nothing_more(unet_graph: Graph) -> None:
         assert str(graph) == text
 
 
-@pytest.mark.parametrize("backend", TWO)
-def test_text_encoders_are_the_same(backend: str) -> None:
+def for_each_backend(captured: Graph) -> Iterator[tuple[Graph, Rewritten]]:
+    for backend in BACKENDS:
+        yield rewritten(captured, rules_for(backend))
+
+
+def test_text_encoders_are_the_same() -> None:
     clip, bert = tiny_clip().double(), tiny_bert().double()
     ids = torch.randint(5, 40, (2, 9))
-    graph, report = rewritten(graph_of(clip, ids, return_dict=False), rules_for(backend))
-    assert report.fired["AttentionWithoutTransposes"] == report.fired["MergeSiblingLinears"] == 2
-    for size in ((1, 77), (3, 20)):
-        check_equal(graph, clip, torch.randint(5, 40, size), return_dict=False)
-    mask = torch.ones_like(ids)
-    graph, report = rewritten(graph_of(bert, ids, attention_mask=mask, return_dict=False), rules_for(backend))
-    assert report.fired["AttentionWithoutTransposes"] == report.fired["MergeSiblingLinears"] == 2
-    for size in ((1, 64), (3, 7)):
-        mask = (torch.arange(size[1]) < size[1] - 2).long().expand(size)
-        check_equal(graph, bert, torch.randint(5, 40, size), attention_mask=mask, return_dict=False)
+    for graph, report in for_each_backend(graph_of(clip, ids, return_dict=False)):
+        assert report.fired["AttentionWithoutTransposes"] == report.fired["MergeSiblingLinears"] == 2
+        for size in ((1, 77), (3, 20)):
+            check_equal(graph, clip, torch.randint(5, 40, size), return_dict=False)
+    for graph, report in for_each_backend(graph_of(bert, ids, attention_mask=torch.ones_like(ids), return_dict=False)):
+        assert report.fired["AttentionWithoutTransposes"] == report.fired["MergeSiblingLinears"] == 2
+        for size in ((1, 64), (3, 7)):
+            mask = (torch.arange(size[1]) < size[1] - 2).long().expand(size)
+            check_equal(graph, bert, torch.randint(5, 40, size), attention_mask=mask, return_dict=False)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_vae_is_the_same(backend: str) -> None:
+def test_the_vae_is_the_same() -> None:
     vae = tiny_vae().double()
-    graph, report = rewritten(graph_of(vae.decoder, torch.randn(2, 4, 6, 8).double()), rules_for(backend))
-    assert report.fired["UpsampleConv"] == 3
-    assert report.fired["AttentionWithoutTransposes"] == 1
-    for size in ((1, 4, 5, 7), (2, 4, 4, 4)):
-        check_equal(graph, vae.decoder, torch.randn(size).double())
-    graph, _ = rewritten(graph_of(vae.encoder, torch.randn(2, 3, 32, 48).double()), rules_for(backend))
-    check_equal(graph, vae.encoder, torch.randn(1, 3, 64, 40).double())
+    for graph, report in for_each_backend(graph_of(vae.decoder, torch.randn(2, 4, 6, 8).double())):
+        assert report.fired["UpsampleConv"] == 3
+        assert report.fired["AttentionWithoutTransposes"] == 1
+        for size in ((1, 4, 5, 7), (2, 4, 4, 4)):
+            check_equal(graph, vae.decoder, torch.randn(size).double())
+    for graph, _ in for_each_backend(graph_of(vae.encoder, torch.randn(2, 3, 32, 48).double())):
+        check_equal(graph, vae.encoder, torch.randn(1, 3, 64, 40).double())
 
 
-@pytest.mark.parametrize("backend", TWO)
-def test_networks_that_know_nothing_of_diffusion(backend: str) -> None:
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+
+
+def test_a_vision_transformer_is_the_same() -> None:
     torch.manual_seed(0)
-    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    vit = ViTModel(ViTConfig(**small, image_size=32, patch_size=8), add_pooling_layer=False).eval().double()
-    graph, report = rewritten(graph_of(vit, torch.randn(2, 3, 32, 32).double(), return_dict=False), rules_for(backend))
-    assert report.fired["AttentionWithoutTransposes"] == report.fired["MergeSiblingLinears"] == 2
-    check_equal(graph, vit, torch.randn(1, 3, 32, 32).double(), return_dict=False)
+    vit = ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=8), add_pooling_layer=False).eval().double()
+    for graph, report in for_each_backend(graph_of(vit, torch.randn(2, 3, 32, 32).double(), return_dict=False)):
+        assert report.fired["AttentionWithoutTransposes"] == report.fired["MergeSiblingLinears"] == 2
+        check_equal(graph, vit, torch.randn(1, 3, 32, 32).double(), return_dict=False)
 
-    for shared in (False, True):
-        config = LlamaConfig(**small, vocab_size=50, num_key_value_heads=1 if shared else 2)
-        llama = LlamaForCausalLM(config).eval().double()
-        ids = torch.randint(0, 50, (2, 9))
-        graph, report = rewritten(graph_of(llama, ids, use_cache=False, return_dict=False), rules_for(backend))
+
+@pytest.mark.parametrize("shared", [False, True], ids=["a key for each head", "shared keys"])
+def test_a_decoder_is_the_same(shared: bool) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, vocab_size=50, num_key_value_heads=1 if shared else 2)
+    llama = LlamaForCausalLM(config).eval().double()
+    captured = graph_of(llama, torch.randint(0, 50, (2, 9)), use_cache=False, return_dict=False)
+    for graph, report in for_each_backend(captured):
         assert report.fired["MergeSiblingLinears"] == 4, "q, k, v and the two of the gated MLP, in both layers"
         assert report.fired["AttentionWithoutTransposes"] == (0 if shared else 2)
         assert all("heads share" in d.reason for d in report.declined if d.rule == "AttentionWithoutTransposes")
+        # Rotary angles and norms are in float32 whatever the dtype of the weights.
         check_equal(graph, llama, torch.randint(0, 50, (1, 20)), use_cache=False, return_dict=False, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("backend", TWO)
-def test_a_resnet_loses_its_norms(backend: str) -> None:
+def test_a_resnet_loses_its_norms() -> None:
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="bottleneck")
     resnet = ResNetModel(config).eval().double()
-    graph, report = rewritten(
-        graph_of(resnet, torch.randn(2, 3, 32, 48).double(), return_dict=False), rules_for(backend)
-    )
-    assert report.fired["FoldBatchNorm"] == 1 + 3 * 3 + 1
-    for size in ((1, 3, 32, 32), (3, 3, 40, 24)):
-        check_equal(graph, resnet, torch.randn(size).double(), return_dict=False)
+    for graph, report in for_each_backend(graph_of(resnet, torch.randn(2, 3, 32, 48).double(), return_dict=False)):
+        assert report.fired["FoldBatchNorm"] == 1 + 3 * 3 + 1
+        for size in ((1, 3, 32, 32), (3, 3, 40, 24)):
+            check_equal(graph, resnet, torch.randn(size).double(), return_dict=False)
 
 
 def test_rewriting_is_quick(unet_graph: Graph) -> None:
