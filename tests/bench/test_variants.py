@@ -80,6 +80,18 @@ def test_raw_openvino_reads_its_inputs_where_they_are(tiny_pipe: Any) -> None:
     assert torch.equal(first, kept)  # a result is not overwritten by the next call
 
 
+def test_raw_openvino_refuses_what_its_trace_cannot_draw(tiny_pipe: Any) -> None:
+    """Without the refusal it answers in another shape, and wrongly from then on."""
+    pytest.importorskip("openvino")
+    other = aliased(tiny_pipe)
+    VARIANTS["openvino"](other, ["unet"])
+    case = Case("step", 64, 64, 1)
+    truth = WORKLOADS["step"].outputs(tiny_pipe, case)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        WORKLOADS["step"].outputs(other, Case("step", 72, 104, 1))
+    assert error_to(truth, WORKLOADS["step"].outputs(other, case)) < error_limit(torch.float32, 0)
+
+
 @pytest.mark.parametrize("name", ["channels-last", "eager"])
 def test_eager_variants_draw_the_same(tiny_pipe: Any, name: str) -> None:
     other = aliased(tiny_pipe)

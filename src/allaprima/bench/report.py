@@ -65,7 +65,7 @@ def _rounded(value: Any) -> Any:
 
 def outcome_table(results: Results) -> Table:
     """A line for each case, and under it a row for each variant; narrow enough for 80 columns."""
-    table = _table("case, variant", "median ms", "±", "× eager", "× openvino", "first s", "error", "floor")
+    table = _table("case, variant", "median ms", "±", "× eager", "× OV", "first s", "error", "floor")
     before = None
     for outcome in results.outcomes:
         if outcome.case != before:
@@ -97,17 +97,13 @@ def _half_spread(times: Times) -> float:
 
 def build_table(results: Results) -> Table:
     """What each variant costs before it is fast, and the memory it takes."""
-    table = _table(
-        "variant", "first s", "again s", "new size s", "worst", "weight s", "captures", "build MiB", "run MiB"
-    )
+    table = _table("variant", "first s", "again s", "size s", "weight s", "captures", "built MiB", "run MiB")
     for build in results.builds:
-        median, worst = build.new_size_s or (None, None)
         table.add_row(
             build.variant,
             _number(build.first_s, ".2g"),
             _number(build.cached_s, ".2g"),
-            _number(median, ".2g"),
-            _number(worst, ".2g"),
+            _number(build.new_size_s[0] if build.new_size_s else None, ".2g"),
             _number(build.rebuild_s, ".2g"),
             _number(build.captures, "d"),
             _number(build.peaks.building / MIB if build.peaks else None, ".0f"),

@@ -112,6 +112,9 @@ class RawOpenVINO:
         self.names, self.returns_tuple = _INPUTS[path], path != "vae.decoder"
         self.signature = inspect.signature(type(module).forward)
         self.module, self.dtype = module, next(module.parameters()).dtype
+        # A UNet branches on sizes off this grid, and a trace knows one branch: there it answers in another shape, and
+        # wrongly at every later call.
+        self.grid = 2 ** getattr(module, "num_upsamplers", 0)
         plain = copy.deepcopy(module).float() if self.dtype != torch.float32 else module
         with torch.no_grad(), _tracer_warnings_off():
             converted = ov.convert_model(_Positional(plain, self.names), example_input=_example(module, path))
@@ -129,6 +132,8 @@ class RawOpenVINO:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.signature.bind(self.module, *args, **kwargs).arguments
         held = [_host(given[name]) for name in self.names]  # alive until infer returns
+        if any(size % self.grid for size in held[0].shape[2:]):
+            raise ValueError(f"the traced module knows only latent sizes that are multiples of {self.grid}")
         for i, array in enumerate(held):
             self.request.set_input_tensor(i, self.wrap(array, shared_memory=True))
         self.request.infer()
