@@ -24,6 +24,8 @@ class MergeSiblingLinears(Rule):
 
     def match(self, node: Node) -> list[list[Node]] | None:
         x = source(node)
+        if not is_tensor(x):
+            return None
         siblings = [u for u in x.users if is_call(u, aten.linear.default) and source(u) is x]
         if len(siblings) < 2 or any(other < node for other in siblings):
             return None
