@@ -274,9 +274,10 @@ def test_one_failure_among_many_fails() -> None:
 
 
 def test_prompts() -> None:
-    assert len(set(verification.prompts_for("emoji", 100))) == 100
-    assert len(set(verification.prompts_for("emoji-zh-3d", 100))) == 100
-    assert not any(prompt.isascii() for prompt in verification.prompts_for("emoji-zh", 100))
+    for model, count in (("emoji", 100), ("emoji-zh-3d", 100), ("another", 40)):
+        assert len(set(verification.prompts_for(model, count))) == count
+    assert not any(prompt.isascii() for prompt in verification.prompts_for("emoji-zh", 20))
+    assert len(verification.prompts_for("another", 100)) == 100
 
 
 # ---- with the real engines -----------------------------------------------------------------------------------------

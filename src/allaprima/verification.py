@@ -746,20 +746,19 @@ _CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc",
 
 # ---- python -m allaprima.verification ------------------------------------------------------------------------------
 
-ENGLISH = """red apple, cat, dog, tree, house, car, sun, moon, star, flower, fish, bird, rocket, guitar, umbrella,
+# For checkpoints that do not come with a list of what they can draw.
+THINGS = """red apple, cat, dog, tree, house, car, sun, moon, star, flower, fish, bird, rocket, guitar, umbrella,
 pizza, banana, strawberry, mushroom, cactus, butterfly, elephant, penguin, octopus, bicycle, train, airplane, sailboat,
 clock, key, book, pencil, soccer ball, trophy, crown, hat, cup of coffee, birthday cake, snowman, rainbow"""
-CHINESE = """红苹果、猫、狗、树、房子、汽车、太阳、月亮、星星、花、鱼、鸟、火箭、吉他、雨伞、披萨、香蕉、
-草莓、蘑菇、仙人掌、蝴蝶、大象、企鹅、章鱼、自行车、火车、飞机、帆船、时钟、钥匙、书、铅笔、
-足球、奖杯、皇冠、帽子、一杯咖啡、生日蛋糕、雪人、彩虹"""
 
 
 def prompts_for(model: str, count: int) -> list[str]:
-    """Things to draw, in the language of the model; after the last name they start again with another wording."""
-    chinese = "-zh" in model
-    names = [name.strip() for name in (CHINESE.split("、") if chinese else ENGLISH.split(","))]
-    wordings = ("{}", "两个{}", "{}，蓝色背景") if chinese else ("{}", "two of {}", "{} on a blue background")
-    return [wordings[i // len(names) % len(wordings)].format(names[i % len(names)]) for i in range(count)]
+    """Things that the model can draw, in its language, spread evenly over all that it knows."""
+    from .models import EMBEDDED, vocabulary
+
+    names = vocabulary(model) if model in EMBEDDED else [name.strip() for name in THINGS.split(",")]
+    chosen = min(count, len(names))
+    return [names[i % chosen * len(names) // chosen] for i in range(count)]
 
 
 def command(
