@@ -96,7 +96,7 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
     "sin": op.sin, "cos": op.cos, "tan": op.tan, "exp": op.exp, "log": op.log, "sqrt": op.sqrt, "abs": op.abs,
     "neg": op.negative, "erf": op.erf, "floor": op.floor, "ceil": op.ceiling, "sign": op.sign, "tanh": op.tanh,
     "sigmoid": op.sigmoid, "relu": op.relu, "mish": op.mish, "hardswish": op.hswish,
-    "isnan": op.is_nan, "isinf": op.is_inf, "relu_": op.relu,
+    "isnan": op.is_nan, "isinf": op.is_inf,
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def _gelu(t: Translator, x: Any, approximate: str = "none") -> Any:
     return op.gelu(x, "TANH" if approximate == "tanh" else "ERF")
 
 
-@translates("leaky_relu.default", "leaky_relu_.default")
+@translates("leaky_relu.default")
 def _leaky_relu(t: Translator, x: Any, negative_slope: float = 0.01) -> Any:
     return op.prelu(x, t.constant([negative_slope]))
 
@@ -155,7 +155,7 @@ def _softplus(t: Translator, x: Any, beta: float = 1.0, threshold: float = 20.0)
     return op.softplus(x)
 
 
-@translates("clamp.default", "hardtanh.default", "hardtanh_.default", "clamp_min.default", "clamp_max.default",
+@translates("clamp.default", "hardtanh.default", "clamp_min.default", "clamp_max.default",
             "relu6.default")  # fmt: skip
 def _clamp(t: Translator, x: Any, min: Any = None, max: Any = None, **bounds: Any) -> Any:
     low, high = bounds.get("min_val", min), bounds.get("max_val", max)
@@ -209,11 +209,10 @@ def _arithmetic(function: Callable[..., Any]) -> Entry:
     return entry
 
 
-for _name, _function in {
-    "add": op.add, "sub": op.subtract, "mul": op.multiply, "maximum": op.maximum, "minimum": op.minimum,
-}.items():  # fmt: skip
-    for _overload in ("Tensor", "Scalar", "default"):
-        TABLE[f"aten.{_name}.{_overload}"] = _arithmetic(_function)
+for _name, _function in {"add": op.add, "sub": op.subtract, "mul": op.multiply}.items():
+    TABLE[f"aten.{_name}.Tensor"] = TABLE[f"aten.{_name}.Scalar"] = _arithmetic(_function)
+TABLE["aten.maximum.default"] = _arithmetic(op.maximum)
+TABLE["aten.minimum.default"] = _arithmetic(op.minimum)
 
 
 @translates("rsub.Scalar", "rsub.Tensor")
@@ -653,10 +652,12 @@ def _index_select(t: Translator, x: Any, dim: int, index: Any) -> Any:
 def _gather(t: Translator, x: Any, dim: int, index: Any, **_: Any) -> Any:
     # ATen takes the part of x that the index covers; GatherElements wants the other axes equal.
     axis, before, after = axis_of(dim, x), t.spec_of(0).shape, t.node.args[2].meta["spec"].shape  # type: ignore[union-attr]
-    cut = [a for a in range(rank(x)) if a != axis and before[a] != after[a]]
-    if cut:
-        stops = t.dims([after[a] for a in cut])
-        x = op.slice(x, t.ints([0] * len(cut)), stops, t.ints([1] * len(cut)), t.ints(cut))
+    zero, one = t.constant(0, I64), t.constant(1, I64)
+    for other in range(rank(x)):
+        if other != axis and before[other] != after[other]:
+            # Not a Slice: OpenVINO takes those away in front of GatherElements and then refuses the shapes.
+            kept = op.range(zero, t.cast(t.size(after[other]), I64), one, "i64")
+            x = op.gather(x, kept, t.constant(other, I64)).output(0)
     return op.gather_elements(x, index, axis)
 
 
@@ -824,6 +825,13 @@ def _channels(t: Translator, vector: Any, spatial: int) -> Any:
     return op.reshape(vector, t.ints([1, -1] + [1] * spatial), False)
 
 
+@translates("convolution.default")
+def _convolution(t: Translator, transposed: bool, output_padding: Any, **arguments: Any) -> Any:
+    if transposed:
+        return _conv_transpose(t, output_padding=output_padding, **arguments)
+    return _conv(t, **arguments)
+
+
 @translates("conv_transpose2d.input", "conv_transpose1d.default")
 def _conv_transpose(t: Translator, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
                     output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Any:  # fmt: skip
@@ -858,22 +866,40 @@ def _norm_groups(t: Translator, x: Any, groups: int, weight: Any, bias: Any, eps
 
 def _is_activated(norm: Any) -> bool:
     """Whether a group_norm is read by a SiLU only: then it is applied to the flat form, in the same pass."""
-    return len(norm.users) == 1 and next(iter(norm.users)).target in (aten.silu.default, aten.silu_.default)
+    return len(norm.users) == 1 and next(iter(norm.users)).target is aten.silu.default
 
 
-@translates("silu.default", "silu_.default")
+@translates("silu.default")
 def _silu(t: Translator, x: Any) -> Any:
     done = is_call(t.node.args[0], aten.group_norm.default) and _is_activated(t.node.args[0])
     return x if done else op.swish(x, t.constant(1.0))
 
 
-@translates("layer_norm.default", "native_layer_norm.default")
+@translates("layer_norm.default")
 def _layer_norm(t: Translator, input: Any, normalized_shape: list[int], weight: Any = None, bias: Any = None,
                 eps: float = 1e-5, **_: Any) -> Any:  # fmt: skip
     axes = list(range(rank(input) - len(normalized_shape), rank(input)))
     found = op.mvn(input, t.ints(axes), True, eps, "inside_sqrt")
     found = found if weight is None else op.multiply(found, weight)
     return found if bias is None else op.add(found, bias)
+
+
+@translates("native_group_norm.default")
+def _native_group_norm(t: Translator, input: Any, weight: Any, bias: Any, group: int, eps: float,
+                       **_: Any) -> list[Any]:  # fmt: skip
+    return [_norm_groups(t, input, group, weight, bias, eps, silu=False)]
+
+
+@translates("native_layer_norm.default")
+def _native_layer_norm(t: Translator, **arguments: Any) -> list[Any]:
+    """Its second and third results (mean and reciprocal deviation) serve the backward pass only."""
+    return [_layer_norm(t, **arguments)]
+
+
+@translates("_native_batch_norm_legit_no_training.default")
+def _native_batch_norm(t: Translator, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+                       eps: float, **_: Any) -> list[Any]:  # fmt: skip
+    return [_batch_norm(t, input, weight, bias, running_mean, running_var, False, eps)]
 
 
 @translates("rms_norm.default")
@@ -897,6 +923,11 @@ def _batch_norm(t: Translator, input: Any, weight: Any, bias: Any, running_mean:
     return op.batch_norm_inference(input, scale, shift, running_mean, running_var, eps)
 
 
+@translates("max_pool2d_with_indices.default")
+def _max_pool_with_indices(t: Translator, **arguments: Any) -> list[Any]:
+    return [_max_pool(t, **arguments)]
+
+
 @translates("max_pool2d.default", "max_pool1d.default")
 def _max_pool(t: Translator, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
               ceil_mode: bool = False) -> Any:  # fmt: skip
@@ -917,7 +948,7 @@ def _avg_pool(t: Translator, x: Any, kernel_size: Any, stride: Any = None, paddi
                        not count_include_pad, "ceil_torch" if ceil_mode else "floor")  # fmt: skip
 
 
-@translates("adaptive_avg_pool2d.default", "adaptive_avg_pool1d.default")
+@translates("adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default", "adaptive_avg_pool1d.default")
 def _adaptive_avg_pool(t: Translator, x: Any, output_size: list[Any]) -> Any:
     spatial = len(output_size)
     if all(size == 1 for size in output_size if isinstance(size, int)):
@@ -962,7 +993,7 @@ def _conv_add(t: Translator, addend: Any, x: Any, **convolution: Any) -> Any:
 
 @translates("allaprima.ops.conv2d_cat")
 def _conv_cat(t: Translator, sources: list[Any], **convolution: Any) -> Any:
-    return _conv(t, op.concat(sources, 1), **convolution)
+    return _conv(t, op.concat(sources, 1).output(0), **convolution)
 
 
 @translates("allaprima.ops.linear_add")

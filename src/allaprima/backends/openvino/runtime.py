@@ -14,9 +14,10 @@ import openvino.opset15 as op
 import torch
 from torch.fx import Node
 
-from ...errors import AllaprimaError
+from ...errors import GraphError
 from ...graph import Graph, SizeSpec
 from .translate import Translator, element_type
+
 
 @lru_cache(maxsize=1)
 def _core() -> Any:
@@ -27,32 +28,39 @@ class OpenVinoExecutable:
     """A stage as an OpenVINO model for the CPU.
 
     graph          what it computes
-    dtype          the module's: float32 or bfloat16.  Each tensor keeps the dtype that the graph gives it
+    dtype          the module's; each tensor of the model has the dtype that the graph gives it
     threads        how many threads a run may use; None leaves it to OpenVINO
+    share          let the model read the weights' own memory instead of a copy.  OpenVINO packs a weight when a size
+                   first needs it, so an edit in place that no `bind` follows would give a mixture of old and new
     build_seconds  time of the last translation, bind_seconds of the last `bind` in all
     """
 
-    def __init__(self, graph: Graph, *, dtype: torch.dtype, threads: int | None = None) -> None:
+    def __init__(self, graph: Graph, *, dtype: torch.dtype, threads: int | None = None, share: bool = False) -> None:
         self.graph = graph
         self.build_seconds = self.bind_seconds = 0.0
-        # The model says the type of every tensor; "f32" is leave to change none.  (Without it OpenVINO computes in bf16
-        # wherever the processor can, and with "bf16" it narrows also what the graph computes in float32.)
+        # The model says the type of every tensor; "f32" means: change none of them.  (Without it OpenVINO computes in
+        # bf16 wherever the processor can, and with "bf16" it narrows also what the graph computes in float32.)
         self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             self._config["INFERENCE_NUM_THREADS"] = threads
+        self._share = share
+        self._weights: dict[str, torch.Tensor] = {}
         self._request: Any = None
         self._lock = Lock()
 
     def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Translate the graph with these weights as constants, and compile it."""
         started = time.perf_counter()
-        translator = Translator(self.graph, lambda node, *rows: _constant(weights[node.name], *rows))
-        translator.translate()
-        if translator.failures:
-            raise AllaprimaError("; ".join(translator.failures))
-        model = translator.model()
-        self.build_seconds = time.perf_counter() - started
         with self._lock:
+            self._request = None  # it reads the copies that are about to be written
+            self._weights = _contiguous(weights) if self._share else _copied_weights(weights, self._weights)
+            copied = time.perf_counter()
+            translator = Translator(self.graph, lambda node, *rows: _constant(self._weights[node.name], *rows))
+            translator.translate()
+            if translator.failures:
+                raise GraphError(f"OpenVINO cannot run {'; '.join(translator.failures)}.")
+            model = translator.model()
+            self.build_seconds = time.perf_counter() - copied
             self._request = _core().compile_model(model, "CPU", self._config).create_infer_request()
         self.bind_seconds = time.perf_counter() - started
 
@@ -60,12 +68,12 @@ class OpenVinoExecutable:
         with self._lock:
             # OpenVINO reads the inputs' own memory, so they are held until it is done.
             held = [_shared(value) for value in inputs]
-            for i, tensor in enumerate(held):
-                self._request.set_input_tensor(i, tensor)
+            for index, tensor in enumerate(held):
+                self._request.set_input_tensor(index, tensor)
             self._request.start_async()
             self._request.wait()
-            outputs = iter(range(len(self.graph.results)))
-            return [_copied(r, self._request.get_output_tensor(next(outputs))) if isinstance(r, Node) else r
+            places = iter(range(len(self.graph.results)))
+            return [_copied(r, self._request.get_output_tensor(next(places))) if isinstance(r, Node) else r
                     for r in self.graph.results]  # fmt: skip
 
 
@@ -74,7 +82,7 @@ def _shared(value: torch.Tensor | int) -> Any:
     if isinstance(value, int):
         return ov.Tensor(np.array(value, np.int64))
     value = value.detach().contiguous()
-    if value.dtype is torch.bfloat16:
+    if value.dtype is torch.bfloat16:  # which NumPy does not have
         return ov.Tensor(value.view(torch.int16).numpy(), ov.Shape(list(value.shape)), ov.Type.bf16)
     return ov.Tensor(value.numpy(), shared_memory=True)
 
@@ -88,6 +96,27 @@ def _copied(result: Node, tensor: Any) -> Any:
     if spec.dtype is torch.bfloat16:
         return torch.from_numpy(np.array(data).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.array(data)).to(spec.dtype)
+
+
+def _detached(weights: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, weight.detach()) for name, weight in weights.items()]
+
+
+def _contiguous(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.contiguous() for name, weight in _detached(weights)}
+
+
+def _copied_weights(
+    weights: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Copies of the weights, in the memory of the copies made before where they fit."""
+    copies = {}
+    for name, weight in _detached(weights):
+        old = before.get(name)
+        fits = old is not None and old.shape == weight.shape and old.dtype == weight.dtype
+        dense = torch.contiguous_format
+        copies[name] = old.copy_(weight) if old is not None and fits else weight.clone(memory_format=dense)
+    return copies
 
 
 def _constant(weight: torch.Tensor, start: int | None = None, stop: int | None = None) -> Any:
