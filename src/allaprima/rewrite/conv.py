@@ -102,7 +102,6 @@ class ConvAdd(Rule):
     """conv2d(x) + r = conv2d_add(x, r): a residual, or the timestep's embedding [B or 1, K, 1, 1], in the epilogue."""
 
     roots = (aten.add.Tensor,)
-    backend = "cuda"
 
     def match(self, node: Node) -> tuple[Node, Node, Node] | None:
         """(addition, convolution, addend); of two convolutions the later one takes the other's result."""

@@ -74,7 +74,6 @@ class ChannelsLastWeights(Rule):
     """conv2d(x, w) = conv2d(x, channels_last(w)): the same numbers, in the order in which kernels read them."""
 
     roots = (aten.conv2d.default, ops.conv2d_add, ops.conv2d_cat, ops.upsample_conv, ops.upsample_conv_folded)
-    backend = "cuda"
 
     def match(self, node: Node) -> tuple[Node, list[int]] | None:
         places = (1, 2) if is_call(node, ops.upsample_conv_folded) else (1,)
@@ -93,7 +92,6 @@ class ChannelsLastInputs(Rule):
     """conv2d(x, w) = conv2d(channels_last(x), w): free where x has that layout already."""
 
     roots = ChannelsLastWeights.roots
-    backend = "cuda"
 
     def match(self, node: Node) -> Node | None:
         return node if any(not _is_channels_last(x) for x in _sources(node)) else None

@@ -80,7 +80,6 @@ class GegluLinear(Rule):
     """h · gelu(g) where [h, g] = chunk(linear(x), 2) is geglu_linear(x)."""
 
     roots = (aten.gelu.default,)
-    backend = "cuda"
 
     def match(self, node: Node) -> tuple[Node, Node, Node] | None:
         """(multiplication, gelu, linear)"""
@@ -113,7 +112,6 @@ class LinearAdd(Rule):
     """linear(x) + r = linear_add(x, r); permute(linear(x)) + r = permute(linear_add(x, permute⁻¹(r)))."""
 
     roots = (aten.add.Tensor,)
-    backend = "cuda"
 
     def match(self, node: Node) -> tuple[Node, Node, Node] | None:
         """(addition, linear or its permutation, addend); of two linears the later one takes the other's result."""

@@ -54,7 +54,6 @@ class GroupNormSilu(Rule):
     """silu(group_norm(x)) = group_norm_silu(x)."""
 
     roots = (aten.silu.default,)
-    backend = "cuda"
 
     def match(self, node: Node) -> tuple[Node, Node, dict[str, Any]] | None:
         norm = source(node)
@@ -76,7 +75,6 @@ class AddLayerNorm(Rule):
     """s = a + b, layer_norm(s) = add_layer_norm(a, b), which returns both."""
 
     roots = (aten.layer_norm.default,)
-    backend = "cuda"
 
     def match(self, node: Node) -> tuple[Node, Node, dict[str, Any]] | None:
         add = source(node)
@@ -111,7 +109,6 @@ class NoConcatenation(Rule):
     """
 
     roots = (aten.cat.default,)
-    backend = "cuda"
 
     def match(self, node: Node) -> Node | None:
         known = any(is_call(u, ops.group_norm_silu, aten.conv2d.default) for u in node.users)

@@ -21,7 +21,6 @@ class Rule:
     """
 
     roots: ClassVar[tuple[Callable[..., Any], ...]] = ()
-    backend: ClassVar[str] = "portable"
 
     @property
     def name(self) -> str:
