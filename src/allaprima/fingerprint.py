@@ -212,7 +212,9 @@ def _held(parts: Iterable[nn.Module]) -> Iterator[Iterable[Any]]:
 def _replacement(part: nn.Module) -> str | None:
     if "_hf_hook" in part.__dict__:
         return "a hook of accelerate"
-    return "its forward was replaced" if "forward" in part.__dict__ else None
+    forward = part.__dict__.get("forward")
+    plain = forward is None or getattr(forward, "__func__", None) is type(part).forward
+    return None if plain else "its forward was replaced"
 
 
 def _identical(now: list[Any], before: list[Any]) -> bool:

@@ -208,8 +208,10 @@ _SIZE_FUNCTIONS = {
     "Mod": operator.mod, "PythonMod": operator.mod, "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv,
     "CeilDiv": lambda a, b: -(-a // b), "Max": max, "Min": min, "floor": math.floor, "ceiling": math.ceil,
     "IntTrueDiv": operator.truediv, "FloatTrueDiv": operator.truediv, "ToFloat": float, "TruncToInt": int,
-    "RoundToInt": round, "PowByNatural": pow, "FloatPow": pow, "Abs": abs, "sqrt": math.sqrt, "Eq": operator.eq,
-    "Ne": operator.ne, "And": lambda *parts: all(parts), "Or": lambda *parts: any(parts), "Not": operator.not_,
+    "RoundToInt": round, "PowByNatural": pow, "FloatPow": pow, "Abs": abs, "sqrt": math.sqrt,
+    "BitwiseFn_bitwise_and": operator.and_, "BitwiseFn_bitwise_or": operator.or_, "LShift": operator.lshift,
+    "RShift": operator.rshift, "Eq": operator.eq, "Ne": operator.ne, "Not": operator.not_,
+    "And": lambda *parts: all(parts), "Or": lambda *parts: any(parts),
     "__builtins__": {},
 }  # fmt: skip
 
@@ -229,6 +231,8 @@ def _compiled(expression: str) -> CodeType:
         raise GraphError(f"{expression!r} is no size.") from error
     if not all(isinstance(part, _ARITHMETIC) for part in ast.walk(tree)):
         raise GraphError(f"{expression!r} is no size: only arithmetic is allowed.")
+    if unknown := {ast.unparse(p.func) for p in ast.walk(tree) if isinstance(p, ast.Call)} - _SIZE_FUNCTIONS.keys():
+        raise GraphError(f"{expression!r} calls {', '.join(unknown)}, which is no arithmetic of sizes.")
     return compile(tree, "<size>", "eval")
 
 

@@ -7,11 +7,14 @@ becomes an engine, and three of the pipeline's own methods are wrapped on the in
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -45,12 +48,18 @@ _STATE = "_allaprima"
 
 @dataclass
 class Optimized:
-    """What `optimize` did to a pipeline, and how to undo it."""
+    """What `optimize` did to a pipeline, and how to undo it.  Copies of the pipeline are plain ones: they get None."""
 
     config: Config
     guard: NumericsGuard
     engines: dict[str, Engine] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 # ---- optimize and restore ------------------------------------------------------------------------------------------
@@ -144,16 +153,35 @@ def as_task(pipe: DiffusionPipeline, task: Literal["text2img", "img2img", "inpai
 
 def _optimize_pipeline(pipe: Any, config: Config) -> None:
     optimized = Optimized(config, NumericsGuard())
-    for name, module, profile in _components(pipe):
+    for _, module, _ in _components(pipe):
         if isinstance(old := module.__dict__.get("forward"), Engine):
             old.remove()  # a component shared with another optimized pipeline: the newest owner wins
-        engine = Engine(module, config, profile).install()
-        optimized.engines[name] = engine
-        optimized.undo.append(engine.remove)
-    if config.check_numerics:
-        _observe(optimized, pipe)
+    _install(pipe, optimized)
     pipe.__dict__[_STATE] = optimized
     _wrap_methods(pipe, optimized)
+
+
+def _install(pipe: Any, optimized: Optimized) -> None:
+    """Give an engine to every component that has none: at first to all, later to those that the user exchanged."""
+    components = list(_components(pipe))
+    known = {name: engine.module for name, engine in optimized.engines.items()}
+    if all(known.get(name) is module for name, module, _ in components):
+        return
+    for name, module, profile in components:
+        if known.get(name) is not module:
+            engine = module.__dict__.get("forward")
+            if not isinstance(engine, Engine):
+                engine = Engine(module, optimized.config, profile).install()
+                optimized.undo.append(functools.partial(_remove, weakref.ref(engine)))
+            optimized.engines[name] = engine
+    if optimized.config.check_numerics:
+        _observe(optimized, pipe)
+
+
+def _remove(engine: weakref.ref[Engine]) -> None:
+    """Weak, so that a pipeline does not keep a component alive that it no longer has."""
+    if (found := engine()) is not None:
+        found.remove()
 
 
 def _components(pipe: Any) -> Iterator[tuple[str, nn.Module, Profile]]:
@@ -180,7 +208,7 @@ def _observe(optimized: Optimized, pipe: Any) -> None:
 
 def _wrap_methods(pipe: Any, optimized: Optimized) -> None:
     guard = optimized.guard
-    _wrap(pipe, "check_inputs", functools.partial(_checked, pipe, guard), optimized)
+    _wrap(pipe, "check_inputs", functools.partial(_checked, pipe, optimized), optimized)
     _wrap(pipe, "encode_prompt", functools.partial(_with_clip_skip, pipe), optimized)
     if hasattr(pipe, "image_processor"):
         _wrap(pipe.image_processor, "postprocess", functools.partial(_postprocessed, guard), optimized)
@@ -191,9 +219,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any], optimized: Optimiz
     if original is None:
         return
     had = name in owner.__dict__
-    wrapped = functools.partial(wrapper, original)
-    functools.update_wrapper(wrapped, original)
-    owner.__dict__[name] = wrapped
+    owner.__dict__[name] = _Wrapped(owner, name, original, wrapper)
 
     def undo() -> None:
         if had:
@@ -204,15 +230,33 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any], optimized: Optimiz
     optimized.undo.append(undo)
 
 
-def _checked(pipe: Any, guard: NumericsGuard, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+class _Wrapped:
+    """A method of one object with ours around it.  Copies of the object get the method of their class."""
+
+    def __init__(self, owner: Any, name: str, original: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._owner, self._name, self._original, self._wrapper = owner, name, original, wrapper
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(self._original, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._original, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._owner, self._name)
+
+
+def _checked(pipe: Any, optimized: Optimized, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """diffusers' own checks, with our errors in front: they name the nearest size that can be drawn."""
-    guard.reset()
+    optimized.guard.reset()
+    _install(pipe, optimized)
     given = inspect.signature(original).bind(*args, **kwargs).arguments
     _check_scheduler(pipe)
     for axis in ("height", "width"):
         size = given.get(axis)
-        if size is not None and (not isinstance(size, int) or size % 8 or size < 8):
-            near = max(8, round(size / 8) * 8) if isinstance(size, int | float) else 512
+        if size is not None and (not isinstance(size, Integral) or size % 8 or size < 0):  # 0 means the default
+            near = max(8, round(float(size) / 8) * 8) if isinstance(size, Real) else 512
             raise SizeError(f"{axis} {size!r} is not a positive multiple of 8. The nearest is {near}.")
     try:
         return original(*args, **kwargs)
