@@ -46,7 +46,7 @@ def parts(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     stand_ins.install(monkeypatch, stand_ins.Pipelines(tiny_pipe))
     stand_ins.install(monkeypatch, module("models", EMBEDDED={"tiny": tiny}))
     stand_ins.install(monkeypatch, module("verification", verify=verify))
-    stand_ins.install(monkeypatch, module("explanation", explain=lambda pipe: SimpleNamespace(captures=4)))
+    stand_ins.install(monkeypatch, module("explanation", explain=lambda pipe: SimpleNamespace(captures=4, loaded=0)))
     monkeypatch.setattr(demo, "SIZES", ((72, 64),))
     return parts
 
