@@ -238,6 +238,13 @@ def test_a_prompt_that_is_cut_is_told(pipelines: stand_ins.Pipelines) -> None:
     assert "78 tokens" in drawn[1].notes[0]
 
 
+def test_characters_that_the_model_does_not_know_are_told(tiny_bert_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = stand_ins.Pipelines(tiny_bert_pipe)
+    stand_ins.install(monkeypatch, module)
+    drawn = pictures(module, dataclasses.replace(FAST, prompts=("红色的苹果", "红色的龙")))
+    assert [picture.notes for picture in drawn] == [(), ("the model does not know 龙",)]
+
+
 # ---- files
 
 

@@ -201,7 +201,7 @@ def draw(
             images, note = _call(task_pipe, optimized, arguments, _reporter(on_step, start, len(batch)))
         seconds = (time.perf_counter() - begun) / len(batch)
         for image, (prompt, seed) in zip(images, batch, strict=True):
-            notes = tuple(filter(None, (note, _too_long(pipe, prompt))))
+            notes = tuple(filter(None, (note, _too_long(pipe, prompt), _unknown(pipe, prompt))))
             yield Picture(image, seed, seconds, infotext(request, settings, prompt, seed), notes)
 
 
@@ -312,6 +312,17 @@ def _too_long(pipe: Any, prompt: str) -> str:
     if num_tokens <= limit:
         return ""
     return f"the prompt has {num_tokens} tokens, of which the model reads {limit}: {prompt[:60]!r} …"
+
+
+def _unknown(pipe: Any, prompt: str) -> str:
+    """A note on what the tokenizer has no token for.  (CLIP's knows every byte, and so everything.)"""
+    tokenizer = pipe.tokenizer
+    if tokenizer.unk_token_id in (None, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return ""
+    tokens = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)
+    pairs = zip(tokens.input_ids, tokens.offset_mapping, strict=True)
+    unknown = dict.fromkeys(prompt[start:end] for token, (start, end) in pairs if token == tokenizer.unk_token_id)
+    return f"the model does not know {' '.join(unknown)}" if unknown else ""
 
 
 def _to_pil(pipe: Any, images: Any) -> list[Image]:
