@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from allaprima import __version__
@@ -177,6 +179,25 @@ def test_verify_and_explain(checkpoint: str, here: Path) -> None:
 def test_a_model_that_cannot_be_loaded_is_explained(here: Path, arguments: tuple[str, ...], said: str) -> None:
     (here / "broken.safetensors").write_bytes((99).to_bytes(8, "little") + b'{"a"')
     assert said in run("generate", "a", *arguments, code=2)
+
+
+def test_a_lora_is_drawn_with_by_plain_diffusers_and_written_down(checkpoint: str, here: Path) -> None:
+    rank, name = 2, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    sides = {"lora_A": torch.ones(rank, 64), "lora_B": torch.ones(64, rank)}
+    save_file({f"{name}.{side}.weight": value for side, value in sides.items()}, "ink.safetensors")
+    options = ("--model", checkpoint, "--no-optimize", *FAST)
+    run("generate", "a", *options, "-o", "plain.png")
+    run("generate", "a", *options, "-o", "ink.png", "--lora", "ink.safetensors:0.5")
+    assert Path("plain.png").read_bytes() != Path("ink.png").read_bytes()
+    info = read_png(here / "ink.png")
+    assert info
+    assert info.settings["Lora"] == "ink.safetensors:0.5"
+
+
+@pytest.mark.parametrize(("name", "said"), [("cryon", "pixel"), ("broken.safetensors", "does not fit")])
+def test_a_lora_that_cannot_be_loaded_is_explained(checkpoint: str, here: Path, name: str, said: str) -> None:
+    save_file({"unet.nowhere.lora_A.weight": torch.ones(2, 2)}, "broken.safetensors")
+    assert said in run("generate", "a", "--model", checkpoint, "--no-optimize", "--lora", name, code=2)
 
 
 def test_an_unknown_scheduler_is_explained(checkpoint: str, here: Path) -> None:

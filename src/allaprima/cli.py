@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
 import typer
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # The user gave something that cannot be used: exit 2, as for a wrong option.  Other errors: exit 1.
 BAD_INPUT = (AdapterError, ConfigError, InputError, ModelError)
 DEFAULT_MODEL = "emoji"
+
+Adapters: TypeAlias = tuple[tuple[str, float], ...]
 
 
 class Dtype(StrEnum):
@@ -158,15 +160,15 @@ def generate(
         mask=mask,
         strength=strength,
         clip_skip=clip_skip,
+        adapters=tuple(parse_lora(text) for text in lora or ()),
     )
     check_output(output, request.num_images)
-    adapters = [parse_lora(text) for text in lora or []]
-    if adapters and optimize:
+    if request.adapters and optimize:
         raise AdapterError(
-            f"LoRAs ({', '.join(name for name, _ in adapters)}) are not yet supported on an optimized pipeline: "
-            "draw with --no-optimize."
+            f"LoRAs ({', '.join(name for name, _ in request.adapters)}) are not yet supported on an optimized "
+            "pipeline: draw with --no-optimize."
         )
-    pipe = _load(model, dtype, scheduler, adapters, optimize)
+    pipe = _load(model, dtype, scheduler, request.adapters, optimize)
     _draw_and_save(pipe, request, model, optimize, output)
 
 
@@ -193,7 +195,7 @@ def verify(
     from .generation import Request, parse_size, settle
 
     request = Request((prompt,), size=parse_size(size) if size else None, steps=steps, seed=seed)
-    pipe = _load(model, dtype, scheduler, [], optimized=True)
+    pipe = _load(model, dtype, scheduler, (), optimized=True)
     from .verification import test_card, test_mask, verify
 
     settings = settle(request, pipe, model)
@@ -238,7 +240,7 @@ def explain(
     from .generation import Request, draw, parse_size, settle
 
     request = Request((prompt,), size=parse_size(size) if size else None, steps=2, seed=0)
-    pipe = _load(model, dtype, None, [], optimized=True)
+    pipe = _load(model, dtype, None, (), optimized=True)
     with _err().status("Drawing …"):
         for _ in draw(pipe, request, settle(request, pipe, model)):
             pass
@@ -328,7 +330,7 @@ def parse_lora(text: str) -> tuple[str, float]:
     return name, value
 
 
-def _load(model: str, dtype: Dtype, scheduler: str | None, adapters: list[tuple[str, float]], optimized: bool) -> Any:
+def _load(model: str, dtype: Dtype, scheduler: str | None, adapters: Adapters, optimized: bool) -> Any:
     from .generation import quiet_libraries
 
     quiet_libraries()  # before what follows imports them
@@ -344,13 +346,17 @@ def _load(model: str, dtype: Dtype, scheduler: str | None, adapters: list[tuple[
         return optimize(pipe) if optimized else pipe
 
 
-def _load_adapters(pipe: Any, adapters: list[tuple[str, float]]) -> None:
+def _load_adapters(pipe: Any, adapters: Adapters) -> None:
     from .models import LORAS
 
     for name, _ in adapters:
-        if name not in LORAS and not Path(name).exists():
-            raise AdapterError(f"There is no LoRA {name!r}: give a .safetensors file or one of {', '.join(LORAS)}.")
-        pipe.load_lora_weights(str(LORAS[name].path if name in LORAS else name), adapter_name=Path(name).stem)
+        path = LORAS[name].path if name in LORAS else Path(name)
+        if not path.is_file():
+            raise AdapterError(f"There is no LoRA {name!r}: give a .safetensors file, or {', '.join(LORAS)}.")
+        try:
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=Path(name).stem)
+        except (OSError, ValueError, LookupError, RuntimeError) as error:
+            raise AdapterError(f"The LoRA {name!r} does not fit this model: {str(error)[:300]}") from error
     pipe.set_adapters([Path(name).stem for name, _ in adapters], [weight for _, weight in adapters])
 
 

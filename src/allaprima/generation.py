@@ -42,6 +42,7 @@ class Request:
     count        images of each prompt        batch    images drawn at once
     init_image   a picture to start from; with a mask, only its white part is drawn anew
     strength     0 keeps the init image, 1 draws it anew
+    adapters     (name, weight) of each LoRA that the pipeline carries; only written down
     clip_skip    as A1111 counts: 1 takes the text encoder's last layer, 2 the one before
     raises       InputError, SizeError
     """
@@ -58,6 +59,7 @@ class Request:
     mask: Path | None = None
     strength: float = 0.75
     clip_skip: int = 1
+    adapters: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -218,6 +220,7 @@ def infotext(request: Request, settings: Settings, prompt: str, seed: int) -> In
         "Model": settings.model,
         "Denoising strength": request.strength if request.init_image else None,
         "Clip skip": request.clip_skip if request.clip_skip > 1 else None,
+        "Lora": ", ".join(f"{name}:{weight:g}" for name, weight in request.adapters) or None,
         "RNG": "CPU",
         "Version": f"allaprima {__version__}",
     }
