@@ -48,6 +48,8 @@ class Config:
         _one_of("quality", self.quality, QUALITIES)
         _one_of("backend", self.backend, BACKENDS)
         _positive("memory_limit", self.memory_limit)
+        if self.max_plans is None:
+            raise ConfigError("Config.max_plans is None; give a positive whole number.")
         _positive("max_plans", self.max_plans)
         _positive("threads", self.threads)
         if self.cache_dir is not None:  # a text is as good as a Path

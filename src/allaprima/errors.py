@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class AllaprimaError(Exception):
@@ -44,7 +45,10 @@ class UnknownModelError(ModelError, LookupError):
             "Give an embedded name (`allaprima models` lists them), a diffusers folder, "
             "a .safetensors file or a hub id such as 'owner/name'."
         )
-        self.name, self.nearest = name, tuple(near)
+        self.name, self.nearest, self._known = name, tuple(near), known
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self._known)
 
 
 class CheckpointError(ModelError):
