@@ -20,6 +20,7 @@ from allaprima import __version__
 from allaprima.cli import app, parse_lora
 from allaprima.errors import AdapterError, CaptureError
 from allaprima.infotext import read_png
+from allaprima.models import EMBEDDED, LORAS, vocabulary
 from tests import stand_ins
 from tests.tiny import tiny_pipeline
 
@@ -278,6 +279,19 @@ def test_a_lora_has_a_name_and_a_weight(text: str, parsed: tuple[str, float]) ->
 def test_what_is_no_lora_is_refused(text: str) -> None:
     with pytest.raises(AdapterError, match="NAME:WEIGHT"):
         parse_lora(text)
+
+
+def test_models_are_listed_with_something_to_try() -> None:
+    text = run("models")
+    for name, model in EMBEDDED.items():
+        assert name in text
+        assert model.example_prompts[0] in text
+    assert all(name in text for name in LORAS)
+
+
+def test_the_vocabulary_of_a_model_is_listed() -> None:
+    assert run("models", "--vocabulary", "emoji") == " ".join(vocabulary("emoji"))
+    assert "Nearest names: emoji" in run("models", "--vocabulary", "emojy", code=2)
 
 
 def test_doctor_prints_a_line_for_each_finding(monkeypatch: pytest.MonkeyPatch) -> None:
