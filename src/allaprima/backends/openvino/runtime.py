@@ -66,10 +66,10 @@ class OpenVinoExecutable:
 
     def run(self, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
         with self._lock:
-            # OpenVINO reads the inputs' own memory, so they are held until it is done.
-            held = [_shared(value) for value in inputs]
+            # OpenVINO reads the inputs' own memory without holding it, so they are held here until it is done.
+            held = [_dense(value) for value in inputs]
             for index, tensor in enumerate(held):
-                self._request.set_input_tensor(index, tensor)
+                self._request.set_input_tensor(index, _shared(tensor))
             self._request.start_async()
             self._request.wait()
             places = iter(range(len(self.graph.results)))
@@ -77,14 +77,15 @@ class OpenVinoExecutable:
                     for r in self.graph.results]  # fmt: skip
 
 
-def _shared(value: torch.Tensor | int) -> Any:
-    """An ov.Tensor over the value's memory."""
-    if isinstance(value, int):
-        return ov.Tensor(np.array(value, np.int64))
-    value = value.detach().contiguous()
-    if value.dtype is torch.bfloat16:  # which NumPy does not have
-        return ov.Tensor(value.view(torch.int16).numpy(), ov.Shape(list(value.shape)), ov.Type.bf16)
-    return ov.Tensor(value.numpy(), shared_memory=True)
+def _dense(value: torch.Tensor | int) -> torch.Tensor:
+    return value.detach().contiguous() if isinstance(value, torch.Tensor) else torch.tensor(value)
+
+
+def _shared(tensor: torch.Tensor) -> Any:
+    """An ov.Tensor over the memory of a dense tensor, which the caller keeps alive."""
+    if tensor.dtype is torch.bfloat16:  # which NumPy does not have
+        return ov.Tensor(tensor.view(torch.int16).numpy(), ov.Shape(list(tensor.shape)), ov.Type.bf16)
+    return ov.Tensor(tensor.numpy(), shared_memory=True)
 
 
 def _copied(result: Node, tensor: Any) -> Any:
@@ -120,6 +121,6 @@ def _copied_weights(
 
 
 def _constant(weight: torch.Tensor, start: int | None = None, stop: int | None = None) -> Any:
-    """A weight, or some of its rows, as a constant of the model."""
+    """A dense weight, or some of its rows, as a constant of the model: a view of it."""
     element_type(weight.dtype)
     return op.constant(_shared(weight if start is None else weight[start:stop]), shared_memory=True).output(0)

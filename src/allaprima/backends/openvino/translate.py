@@ -62,6 +62,7 @@ class Translator:
         self._sizes: dict[Dim, Output] = {}
         self._vectors: dict[tuple[Any, ...], Output] = {}
         self._shapes: dict[Any, Output] = {}
+        self._shared: dict[Any, Output] = {}
 
     # ---- the walk --------------------------------------------------------------------------------------------------
 
@@ -147,7 +148,11 @@ class Translator:
 
     def constant(self, value: Any, dtype: Any = None) -> Output:
         """A small constant: a number, or a list of whole numbers."""
-        return op.constant(value, dtype=dtype or self.dtype).output(0)
+        dtype = dtype or self.dtype
+        if dtype != ov.Type.bf16:
+            return op.constant(value, dtype=dtype).output(0)
+        # OpenVINO refuses a bf16 constant that is infinite or has to be rounded to infinity.
+        return op.convert(op.constant(np.array(value, np.float32)), "bf16").output(0)
 
     def ints(self, values: Sequence[int]) -> Output:
         """A constant vector of whole numbers."""
@@ -156,6 +161,12 @@ class Translator:
             self._vectors[key] = op.constant(np.array(values, np.int64)).output(0)
         return self._vectors[key]
 
+    def once(self, key: Any, make: Callable[[], Output]) -> Output:
+        """A value that many calls share."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
     def rows(self, weight: Node, start: int, stop: int) -> Output:
         """Rows of a weight."""
         return self._weight(weight, start, stop)
@@ -163,7 +174,7 @@ class Translator:
     def cast(self, value: Any, dtype: Any) -> Output:
         """The value as a tensor of another element type; numbers become constants."""
         if isinstance(value, bool | int | float):
-            return op.constant(value, dtype=dtype).output(0)
+            return self.constant(value, dtype)
         return value if value.get_element_type() == dtype else op.convert(value, dtype.to_string()).output(0)
 
     # ---- sizes -----------------------------------------------------------------------------------------------------
