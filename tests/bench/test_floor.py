@@ -46,6 +46,10 @@ def test_the_floor_is_the_later_of_two() -> None:
     assert ceiling.floor_ms(2 * 10**9, 5 * 10**6) == 5
 
 
+def test_the_better_of_two_ceilings() -> None:
+    assert Ceiling(1.0, 4.0).or_better(Ceiling(2.0, 3.0)) == Ceiling(2.0, 4.0)
+
+
 def test_the_ceiling_is_of_this_machine() -> None:
     found = measured_ceiling(torch.float32, "cpu", tries=1)
     assert 1e9 < found.flops_per_s < 1e14

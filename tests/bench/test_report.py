@@ -70,6 +70,13 @@ def test_tables(results: Results) -> None:
     assert "compile, step 64x72 batch 1: unfinished: unfinished after 3 s" in report.notes(results)
 
 
+def test_times_of_a_busy_machine_are_told(results: Results) -> None:
+    assert not any("busy" in note for note in report.notes(results))
+    scattered = Outcome(STEP, "ours", "ok", times=Times((10.0, 20.0, 30.0)))
+    busy = Results((*results.outcomes, scattered), results.builds, results.ceiling)
+    assert "1 of the times scatter" in report.notes(busy)[-1]
+
+
 def test_plot(results: Results, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from PIL import Image

@@ -7,7 +7,6 @@ once.  The share of that floor which is reached says how much is left to gain; a
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,12 +53,14 @@ class Ceiling:
     flops_per_s: float
     bytes_per_s: float
 
+    def or_better(self, other: Ceiling) -> Ceiling:
+        return Ceiling(max(self.flops_per_s, other.flops_per_s), max(self.bytes_per_s, other.bytes_per_s))
+
     def floor_ms(self, flops: int, num_bytes: int) -> float:
         """The later of the two: all operations at full speed, or every weight read once."""
         return max(flops / self.flops_per_s, num_bytes / self.bytes_per_s) * 1000
 
 
-@functools.cache
 def measured_ceiling(dtype: torch.dtype, device: str = "cpu", tries: int = 8) -> Ceiling:
     """The best of some tries, in this dtype and with torch's threads; about a second."""
     on_cuda = torch.device(device).type == "cuda"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .timing import Times
 
 MIB = 2**20
+TRUSTED_SPREAD = 0.1  # half the distance between the quartiles over the median
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
@@ -115,6 +116,11 @@ def build_table(results: Results) -> Table:
 def notes(results: Results) -> list[str]:
     """Why something has no time, or a time that does not count."""
     found = [f"{o.variant}, {o.case}: {o.status}: {o.note}" for o in results.outcomes if o.note]
+    busy = [o for o in results.outcomes if o.times and _half_spread(o.times) > TRUSTED_SPREAD]
+    if busy:
+        found.append(
+            f"{len(busy)} of the times scatter by more than {TRUSTED_SPREAD:.0%}: the machine was busy, measure again."
+        )
     return found + [f"{b.variant} ran eager: {reason}" for b in results.builds for reason in b.fallbacks]
 
 
