@@ -233,8 +233,9 @@ def test_resnet50() -> None:
     agrees(module, lambda n: [torch.randn(n, 3, 32 * n, 96)])
 
 
-def agrees(module: nn.Module, inputs: Callable[[int], list[torch.Tensor]], **kwargs: Any) -> None:
-    graph = captured(module, *inputs(2), **kwargs)
+def agrees(module: nn.Module, inputs: Callable[[int], list[torch.Tensor]], dims: DimRule | None = None,
+           **kwargs: Any) -> None:  # fmt: skip
+    graph = captured(module, *inputs(2), dims=dims, **kwargs)
     assert unsupported(graph) == []
     weights = weights_of(module, graph)
     executable = compiled(graph, weights)
@@ -399,6 +400,58 @@ class Columns(nn.Module):
 def test_ranges_of_columns(whole: bool) -> None:
     module = Columns(whole).eval()
     agrees(nn.Sequential(module), lambda n: [torch.randn(n, 4, 16)])
+
+
+class Cross(nn.Module):
+    """Attention of pictures to text, whose lengths are symbols, with and without fewer heads for keys."""
+
+    def __init__(self, gqa: bool) -> None:
+        super().__init__()
+        self.gqa, self.text = gqa, nn.Linear(24, 32 if gqa else 64)
+
+    def forward(self, q: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        q, kv = (x.unflatten(-1, (x.shape[-1] // 16, 16)).transpose(1, 2) for x in (q, self.text(text)))
+        attended = nn.functional.scaled_dot_product_attention(q, kv, kv * 0.5, enable_gqa=self.gqa)
+        return attended.transpose(1, 2)
+
+
+@pytest.mark.parametrize("gqa", [False, True])
+def test_cross_attention_at_lengths_off_the_grid(gqa: bool) -> None:
+    def inputs(n: int) -> list[torch.Tensor]:
+        return [torch.randn(n, 9 * n, 64), torch.randn(n, 8 * n - 3, 24)]
+
+    def dims(name: str, tensor: torch.Tensor) -> dict[int, DynamicDim]:
+        return {0: DynamicDim(2, "batch", 1, 99), 1: DynamicDim(tensor.shape[1])}
+
+    agrees(Cross(gqa).eval(), inputs, dims=dims)
+
+
+class Infinite(nn.Module):
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden = x.masked_fill(~seen, -torch.inf)
+        return hidden, torch.where(seen, x, torch.finfo(torch.float32).min), hidden.softmax(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinities(dtype: torch.dtype) -> None:
+    inputs = [torch.randn(3, 8, 8, dtype=dtype), torch.rand(3, 8, 8) > 0.5]
+    inputs[1] |= torch.eye(8).bool()
+    graph = captured(Infinite(), *inputs)
+    hidden, lowest, softmax = compiled(graph, {}, dtype).run(inputs)
+    expected = eager(graph, {}, inputs)
+    assert torch.equal(hidden, expected[0])
+    assert torch.equal(lowest, expected[1])
+    assert (softmax - expected[2]).abs().max() <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_strided_input_lives_until_the_run_is_over(dtype: torch.dtype) -> None:
+    module = nn.Linear(512, 512, dtype=dtype).eval()
+    graph = captured(module, torch.randn(2, 512, dtype=dtype))
+    executable = compiled(graph, weights_of(module, graph), dtype)
+    for _ in range(5):
+        x = torch.randn(512, 300, dtype=dtype)
+        assert torch.equal(executable.run([x.T])[0], executable.run([x.T.contiguous()])[0])
 
 
 class Oddities(nn.Module):

@@ -750,7 +750,7 @@ def _attention(t: Translator, query: Any, key: Any, value: Any, attn_mask: Any =
         raise Unsupported("attention with dropout")
     if enable_gqa:
         key, value = (_repeat_heads(t, x, t.spec_of(0).shape[-3], t.spec_of(1).shape[-3]) for x in (key, value))
-    query = op.multiply(query, t.constant(_scale(t.spec_of(0).shape[-1], scale)))
+    query = op.multiply(query, _scale(t, scale)).output(0)
     if attn_mask is None and not is_causal:
         key, value, attn_mask = _whole_blocks(t, key, value, -2)
     return _attend(t, query, key, value, attn_mask, is_causal)
@@ -759,7 +759,7 @@ def _attention(t: Translator, query: Any, key: Any, value: Any, attn_mask: Any =
 @translates("allaprima.ops.attention")
 def _attention_rows_first(t: Translator, q: Any, k: Any, v: Any, mask: Any, scale: float | None, causal: bool) -> Any:
     """[B, N, H, D].  Scaled before the transpose, so that OpenVINO takes the transpose into its attention kernel."""
-    q = op.multiply(q, t.constant(_scale(t.spec_of(0).shape[-1], scale)))
+    q = op.multiply(q, _scale(t, scale)).output(0)
     if mask is None and not causal:
         k, v, mask = _whole_blocks(t, k, v, 1)
     order = t.ints([0, 2, 1, 3])
@@ -767,10 +767,11 @@ def _attention_rows_first(t: Translator, q: Any, k: Any, v: Any, mask: Any, scal
     return op.transpose(_attend(t, q, k, v, mask, causal), order)
 
 
-def _scale(channels: Any, scale: float | None) -> float:
-    if scale is None and not isinstance(channels, int):
-        raise Unsupported("attention over a symbolic number of channels")
-    return channels**-0.5 if scale is None else float(scale)
+def _scale(t: Translator, scale: float | None) -> Any:
+    channels = t.spec_of(0).shape[-1]
+    if scale is None and isinstance(channels, str):
+        return op.power(t.cast(t.size(channels), t.dtype), t.constant(-0.5))
+    return t.constant(channels**-0.5 if scale is None else float(scale))  # type: ignore[operator]
 
 
 def _whole_blocks(t: Translator, k: Any, v: Any, axis: int) -> tuple[Any, Any, Any]:
