@@ -63,8 +63,8 @@ class Call:
 
 
 class CallReader:
-    """Turns (args, kwargs) into a Call: arguments in the order of the forward's parameters, so that positional and
-    keyword use are the same call."""
+    """Turns (args, kwargs) into a Call: arguments in the order of the forward's parameters and without those that equal
+    their defaults, so that positional and keyword use, spelled out or not, are the same call."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.parameters = inspect.signature(forward)
@@ -74,11 +74,16 @@ class CallReader:
             bound = self.parameters.bind(*args, **kwargs)
         except TypeError as error:
             raise CaptureError(f"the call does not fit forward{self.parameters}: {error}.") from error
-        leaves, tree = pytree.tree_flatten(dict(bound.arguments))
-        paths = _paths(dict(bound.arguments), leaves)
+        arguments = {name: value for name, value in bound.arguments.items() if not self._is_default(name, value)}
+        leaves, tree = pytree.tree_flatten(arguments)
+        paths = _paths(arguments, leaves)
         entries = tuple((path, _leaf_key(path, leaf)) for path, leaf in zip(paths, leaves, strict=True))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
         return Call(Signature(str(tree), entries), tensors, tree)
+
+    def _is_default(self, name: str, value: Any) -> bool:
+        """An argument that says what the default says: with it or without it is the same call."""
+        return (value is None or isinstance(value, bool)) and self.parameters.parameters[name].default is value
 
 
 def _paths(arguments: dict[str, Any], leaves: list[Any]) -> list[str]:
