@@ -214,6 +214,17 @@ def test_results_are_the_callers_own() -> None:
         assert torch.equal(module(x), kept)
 
 
+def test_results_made_of_weights_alone_are_the_callers_own() -> None:
+    class Product(nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.weight @ self.weight, x
+
+    module = ap.optimize(Product(4, 4).eval(), aten())
+    with torch.no_grad():
+        module(torch.zeros(1))[0].zero_()
+        assert torch.equal(module(torch.zeros(1))[0], module.weight @ module.weight)
+
+
 # ---- weights
 
 

@@ -232,6 +232,8 @@ PACKS: dict[str, Callable[..., Any]] = {
     "a view of its input": lambda m, a, b, x: (x[:, :2], a),
     "a parameter": lambda m, a, b, x: (m.a.weight, a),
     "something made of parameters only": lambda m, a, b, x: (m.a.weight @ m.b.weight, a),
+    "a parameter for each row": lambda m, a, b, x: (m.a.bias.expand(x.shape[0], -1) * 2, a),
+    "a tensor of its size": lambda m, a, b, x: (torch.full((x.shape[0], 2), 3.0), a),
     "a constant": lambda m, a, b, x: (torch.arange(4.0), a),
     "a size": lambda m, a, b, x: (x.shape[0], a),
     "twice a size": lambda m, a, b, x: (a, x.shape[0] * 2),

@@ -40,7 +40,7 @@ class Runner:
         for when, stage in program.stages.items():
             if when is not Time.WEIGHTS:
                 executable, self.backends[when] = build(stage.graph, config, dtype, device)
-                self._stages.append(_RunningStage(stage, executable))
+                self._stages.append(_RunningStage(stage, executable, device))
 
     def bind(self, sources: Mapping[str, torch.Tensor]) -> bool:
         """Give changed weights to the stages that read them.  returns whether a bound stage was built again."""
@@ -92,8 +92,8 @@ def _result(result: Any, values: Mapping[str, Any], symbols: Mapping[str, int]) 
 class _RunningStage:
     """One stage and its last results."""
 
-    def __init__(self, stage: Stage, executable: Executable) -> None:
-        self.stage, self.executable = stage, executable
+    def __init__(self, stage: Stage, executable: Executable, device: torch.device) -> None:
+        self.stage, self.executable, self.device = stage, executable, device
         self._arguments = [(p.meta["role"], p.meta["source"]) for p in stage.graph.placeholders(*INPUT_ROLES)]
         self._seen: list[tuple[Any, int]] | None = None
         self._results: list[Any] = []
@@ -103,7 +103,8 @@ class _RunningStage:
         if self.stage.rows:
             name = self.stage.inputs[0]
             given = [
-                _as_rows(values[name]) if s == name else g for (_, s), g in zip(self._arguments, given, strict=True)
+                _as_rows(values[name], self.device) if s == name else g
+                for (_, s), g in zip(self._arguments, given, strict=True)
             ]
         return self.executable.run(given)
 
@@ -120,9 +121,9 @@ class _RunningStage:
         self._seen = None
 
 
-def _as_rows(timesteps: torch.Tensor) -> torch.Tensor:
-    """Timesteps as float32 `[T]`; a single one is a table of one row."""
-    return timesteps.reshape(-1).to(torch.float32)
+def _as_rows(timesteps: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Timesteps as float32 `[T]`; a single one is a table of one row.  A scheduler may keep them on another device."""
+    return timesteps.reshape(-1).to(device=device, dtype=torch.float32)
 
 
 def _remember(value: Any) -> tuple[Any, int]:
