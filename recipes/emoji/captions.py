@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 
 from recipes.emoji.names import (
-    A_WORDS, AN_WORDS, COLORS, DEFAULT_STYLES, HATS, HEADS, IRREGULAR_PLURALS, MASS, PASTELS, SINGULAR_IN_S, STYLES,
+    A_WORDS,
+    AN_WORDS,
+    COLORS,
+    DEFAULT_STYLES,
+    HATS,
+    HEADS,
+    IRREGULAR_PLURALS,
+    MASS,
+    PASTELS,
+    SINGULAR_IN_S,
+    STYLES,
 )  # fmt: skip
 
 MAX_SPRITES = 4
@@ -57,7 +67,7 @@ def with_article(name: str) -> str:
     if not is_countable(name):
         return name
     low = name.lower()
-    vowel = low[0] in "aeiou" and not low.startswith(A_WORDS) or low.startswith(AN_WORDS)
+    vowel = (low[0] in "aeiou" and not low.startswith(A_WORDS)) or low.startswith(AN_WORDS)
     return f"{'an' if vowel else 'a'} {name}"
 
 

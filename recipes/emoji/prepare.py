@@ -55,7 +55,7 @@ class Package:
             if npm is None:
                 raise SystemExit("npm is needed to fetch the art; install Node.js")
             subprocess.run([npm, "pack", "--silent", name], cwd=self.path.parent, check=True)
-        self.tar = tarfile.open(self.path)
+        self.tar = tarfile.open(self.path)  # noqa: SIM115 - read from as long as the package is
 
     def bytes(self, name: str) -> bytes:
         file = self.tar.extractfile(f"package/{name}")

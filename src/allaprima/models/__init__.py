@@ -1,8 +1,8 @@
 """The small trained models that come with the package: three checkpoints, three LoRAs, and what they can draw.
 
-Stable Diffusion's architecture, only smaller, in diffusers' folder layout. Parts that several checkpoints use are stored
-once, under `shared/`; `components.json` says which folder each part comes from. Importing this module loads neither
-torch nor diffusers.
+Stable Diffusion's architecture, only smaller, in diffusers' folder layout. Parts that several checkpoints use are
+stored once, under `shared/`; `components.json` says which folder each part comes from. Importing this module loads
+neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -103,18 +103,22 @@ EMBEDDED: dict[str, EmbeddedModel] = {
     )
 }
 
+LORA_FOLDER = FOLDER / "loras"
 LORAS: dict[str, EmbeddedLora] = {
-    name: EmbeddedLora(name, FOLDER / "loras" / f"{name}.safetensors", FOLDER / "loras" / "kohya" / f"{name}.safetensors", *text)
+    name: EmbeddedLora(name, LORA_FOLDER / f"{name}.safetensors", LORA_FOLDER / f"kohya/{name}.safetensors", *text)
     for name, text in {
         "watercolor": ("Pale colours on warm paper.", "attention of the UNet"),
-        "sketch": ("Ink lines and a light wash on paper.", "attention and convolutions of the UNet, attention of the text encoder"),
+        "sketch": (
+            "Ink lines and a light wash on paper.",
+            "attention and convolutions of the UNet, attention of the text encoder",
+        ),
         "neon": ("Glowing outlines on a night sky.", "attention and feed-forward of the UNet"),
     }.items()
 }
 
 
 def component_paths(name: str) -> dict[str, Path]:
-    """Where each part of a checkpoint lies: component name ("unet", "vae", …) -> folder. KeyError for an unknown name."""
+    """Where each part of a checkpoint lies: component name ("unet", "vae", …) -> folder.  raises KeyError."""
     components: dict[str, dict[str, str]] = json.loads((FOLDER / "components.json").read_text())
     return {part: FOLDER / folder for part, folder in components[name].items()}
 
