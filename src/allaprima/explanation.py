@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -116,7 +117,8 @@ def _lines(e: Explanation) -> list[str]:
     for s in e.stages:
         name = f"{s.component} · {s.time}"
         lines.append(
-            f"{name:<24}{s.runs:>6}{s.calls:>7}{s.linears:>8}{s.convolutions:>6}{s.attentions:>6}  {s.backend}"
+            f"{name:<24}{s.runs:>6}{s.calls:>7}{s.linears:>8}{s.convolutions:>6}{s.attentions:>6}  "
+            + textwrap.shorten(s.backend, 120, placeholder=" …")
         )
     lines += ["", "rules fired"]
     lines += [f"  {count:>5} × {rule}" for rule, count in sorted(e.fired.items(), key=lambda item: -item[1])]
