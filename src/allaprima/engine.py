@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import __version__, record
+from .backends import preferred
 from .capture import (
     Call,
     CallReader,
@@ -311,7 +312,7 @@ class Engine:
         started = time.perf_counter()
         work = graph.copy()
         device, dtype = _placement(self.module)
-        report = rewrite(work, rules_for("portable"))
+        report = rewrite(work, rules_for(preferred(self.config, device)[0]))
         program = cut(work, self.profile.times, report.fired)
         if self.profile.timestep and Time.SCHEDULE in program.stages:
             program.stages[Time.SCHEDULE] = batch_rows(program.stages[Time.SCHEDULE], self.profile.timestep)

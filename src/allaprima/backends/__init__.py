@@ -10,16 +10,25 @@ from .aten import AtenExecutable
 from .base import Executable
 
 
-def build(graph: Graph, config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Executable, str]:
-    """An Executable for a stage, and in words which backend it is and why."""
+def preferred(config: Config, device: torch.device) -> tuple[str, str]:
+    """The backend that a module's graphs are rewritten for, and in words why."""
     if config.backend == "aten":
-        return AtenExecutable(graph), "aten: asked for"
+        return "aten", "asked for"
     if device.type != "cpu":
-        return AtenExecutable(graph), f"aten: no other backend serves {device.type} yet"
+        return "aten", f"no other backend serves {device.type} yet"
     from . import openvino
 
-    if reason := openvino.available():
+    reason = openvino.available()
+    return ("aten", reason) if reason else ("openvino", "")
+
+
+def build(graph: Graph, config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Executable, str]:
+    """An Executable for a stage, and in words which backend it is and why."""
+    name, reason = preferred(config, device)
+    if name == "aten":
         return AtenExecutable(graph), f"aten: {reason}"
+    from . import openvino
+
     if missing := openvino.unsupported(graph):
         return AtenExecutable(graph), f"aten: OpenVINO cannot run {'; '.join(missing[:3])}"
     return openvino.OpenVinoExecutable(graph, dtype=dtype, threads=config.threads), "openvino"
