@@ -55,7 +55,10 @@ def is_plural(name: str) -> bool:
 
 def head_noun(name: str) -> str:
     """The part of a name that takes the plural: "pot of food" -> "pot"."""
-    return re.split(r" (?:with|of|in|on|at|without|and|wearing|getting|showing|behind|holding|savoring|blowing|from|pointing) ", name)[0]
+    return re.split(
+        r" (?:with|of|in|on|at|without|and|wearing|getting|showing|behind|holding|savoring|blowing|from|pointing) ",
+        name,
+    )[0]
 
 
 def is_countable(name: str) -> bool:
@@ -63,7 +66,7 @@ def is_countable(name: str) -> bool:
 
 
 def with_article(name: str) -> str:
-    """"apple" -> "an apple"; "grapes" and "bread" stay."""
+    """ "apple" -> "an apple"; "grapes" and "bread" stay."""
     if not is_countable(name):
         return name
     low = name.lower()
@@ -72,7 +75,7 @@ def with_article(name: str) -> str:
 
 
 def plural(name: str) -> str:
-    """"baby chick" -> "baby chicks"; "pot of food" -> "pots of food"; "person biking" -> "people biking"."""
+    """ "baby chick" -> "baby chicks"; "pot of food" -> "pots of food"; "person biking" -> "people biking"."""
     if name.startswith("person "):
         return "people " + name.removeprefix("person ")
     head = head_noun(name)
@@ -210,7 +213,11 @@ class Captioner:
 
     def relation(self, vertical: bool, turned: bool) -> tuple[str, str]:
         if vertical:
-            return (self.pick(("below", "under")), self.pick(("下面", "下方"))) if turned else (self.pick(("above", "on top of")), self.pick(("上面", "上方")))
+            return (
+                (self.pick(("below", "under")), self.pick(("下面", "下方")))
+                if turned
+                else (self.pick(("above", "on top of")), self.pick(("上面", "上方")))
+            )
         return (self.pick(("to the right of", "right of")), self.pick(("右边", "右侧"))) if turned else (self.pick(("to the left of", "left of")), self.pick(("左边", "左侧")))  # fmt: skip
 
     def with_hat(self, height: int, width: int, style: str | None) -> Scene:
@@ -228,7 +235,9 @@ class Captioner:
         x, y = width / 2 + self.jitter(side), height / 2 + 0.12 * side
         boxes = [(x, y, size), (x, y - 0.46 * size, 0.58 * size)]
         words = f"{with_article(en_a)} {self.pick(('with', 'wearing', 'in'))} {with_article(en_b)}"
-        words_zh = self.pick((f"戴{zh_b}的{zh_a}", f"戴着{zh_b}的{zh_a}", f"一个戴着{zh_b}的{zh_a}", f"{zh_a}戴着{zh_b}"))
+        words_zh = self.pick(
+            (f"戴{zh_b}的{zh_a}", f"戴着{zh_b}的{zh_a}", f"一个戴着{zh_b}的{zh_a}", f"{zh_a}戴着{zh_b}")
+        )
         return self.finish([self.of[c][look] for c in concepts], boxes, words, words_zh, look, named, en_a)
 
     # -- layout ----------------------------------------------------------------------------------------------------
@@ -261,7 +270,14 @@ class Captioner:
     # -- words -----------------------------------------------------------------------------------------------------
 
     def finish(
-        self, sprite: list[int], box: list[tuple[float, float, float]], en: str, zh: str, look: str, named: bool, noun: str
+        self,
+        sprite: list[int],
+        box: list[tuple[float, float, float]],
+        en: str,
+        zh: str,
+        look: str,
+        named: bool,
+        noun: str,
     ) -> Scene:
         color, color_en, color_zh = self.background()
         if self.chance(0.06) and not color_en and not named:
@@ -274,7 +290,11 @@ class Captioner:
             en = f"{word_en} of {en}" if self.chance(0.15) else f"{en}, {word_en}"
             zh = f"{word_zh}{'的' if self.chance(0.5) else '，'}{zh}" if self.chance(0.15) else f"{zh}，{word_zh}"
         if color_en:
-            en = f"{en} on {with_article(color_en + ' background')}" if self.chance(0.25) and not named else f"{en}, {color_en} background"
+            en = (
+                f"{en} on {with_article(color_en + ' background')}"
+                if self.chance(0.25) and not named
+                else f"{en}, {color_en} background"
+            )
             zh = f"{color_zh}背景，{zh}" if self.chance(0.1) else f"{zh}，{color_zh}背景"
         return Scene(sprite, box, color, en, zh)
 

@@ -42,7 +42,15 @@ def denoising_loss(unet: Any, latents: Tensor, text: Tensor, alpha: Tensor) -> T
 
 @torch.no_grad()
 def sample(
-    unet: Any, vae: Any, text: Tensor, empty: Tensor, height: int, width: int, seed: int = 0, steps: int = 30, guidance: float = 5.0
+    unet: Any,
+    vae: Any,
+    text: Tensor,
+    empty: Tensor,
+    height: int,
+    width: int,
+    seed: int = 0,
+    steps: int = 30,
+    guidance: float = 5.0,
 ) -> Tensor:
     """Draw with DDIM: text [B, S, D], empty [1, S, D], size in pixels -> images [B, 3, H, W] f32."""
     from diffusers import DDIMScheduler

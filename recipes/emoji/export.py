@@ -41,6 +41,13 @@ def save_text_encoder(language: str, weights: dict[str, torch.Tensor], data: Pat
         save_file(state, file, metadata={"format": "pt"})
 
 
+def forget_path(file: Path) -> None:
+    """Drop the folder that diffusers loaded from and notes in the configuration."""
+    config = json.loads(file.read_text())
+    config.pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def model_index(language: str) -> dict[str, Any]:
     text = ["transformers", "BertModel" if language == "zh" else "CLIPTextModel"]
     tokenizer = ["transformers", "BertTokenizer" if language == "zh" else "CLIPTokenizer"]
@@ -87,7 +94,10 @@ def main() -> None:
     args = parser.parse_args()
     from diffusers import AutoencoderKL
 
-    AutoencoderKL.from_pretrained(args.runs / "vae", torch_dtype=torch.float16).save_pretrained(args.to / "shared" / "vae")
+    AutoencoderKL.from_pretrained(args.runs / "vae", torch_dtype=torch.float16).save_pretrained(
+        args.to / "shared" / "vae"
+    )
+    forget_path(args.to / "shared" / "vae" / "config.json")
     components = {}
     for name, language in CHECKPOINTS.items():
         components[name] = export(name, language, args.runs / f"{args.draft or name}.safetensors", args.data, args.to)

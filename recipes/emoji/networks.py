@@ -56,14 +56,24 @@ def make_text_encoder(language: str, tokenizer: Any) -> Any:
             BertConfig(**shape, num_attention_heads=5, max_position_embeddings=77, pad_token_id=tokenizer.pad_token_id,
                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         )  # fmt: skip
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return CLIPTextModel(CLIPTextConfig(**shape, num_attention_heads=5, max_position_embeddings=77, projection_dim=WIDTH, **special))
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextModel(
+        CLIPTextConfig(**shape, num_attention_heads=5, max_position_embeddings=77, projection_dim=WIDTH, **special)
+    )
 
 
 def load_tokenizer(language: str, data: Path) -> Any:
     from transformers import BertTokenizer, CLIPTokenizer
 
-    return BertTokenizer.from_pretrained(data / "tokenizer_zh") if language == "zh" else CLIPTokenizer.from_pretrained(data / "tokenizer")
+    return (
+        BertTokenizer.from_pretrained(data / "tokenizer_zh")
+        if language == "zh"
+        else CLIPTokenizer.from_pretrained(data / "tokenizer")
+    )
 
 
 def count(module: nn.Module) -> str:

@@ -124,7 +124,13 @@ def describe(entry: dict[str, Any], subgroup: str, english: str, chinese: str) -
         "zh": [chinese, *filter(None, more_zh.split(","))],
         "subgroup": subgroup,
         "measure": MEASURE.get(chinese, MEASURE_BY_SUBGROUP.get(subgroup, "个")),
-        "weight": 2.0 if english in COMMON else 0.6 if entry["group"] == PEOPLE else 0.8 if entry["group"] == FACES else 1.0,
+        "weight": 2.0
+        if english in COMMON
+        else 0.6
+        if entry["group"] == PEOPLE
+        else 0.8
+        if entry["group"] == FACES
+        else 1.0,
     }
 
 
@@ -148,9 +154,12 @@ def svg_pictures(style: str, concepts: list[dict[str, Any]]) -> Iterator[tuple[i
             icon = icons[name]
             width, height = (icon.get(k, table.get(k, 16)) for k in ("width", "height"))
             left, top = icon.get("left", 0), icon.get("top", 0)
-            yield index, (
-                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>'
+            yield (
+                index,
+                (
+                    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                    f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>'
+                ),
             )
 
 

@@ -56,7 +56,12 @@ def rank(classifier: Classifier, atlas: Atlas, style: str, images: Tensor, thing
     box = torch.tensor([64.0, 64.0, 104.0], device=device).expand(len(rows), 4, 3)
     white = torch.full((len(rows), 3), 255, dtype=torch.uint8, device=device)
     with torch.no_grad():
-        known = torch.cat([classifier.features(atlas.compose(s, b, w, 128, 128)) for s, b, w in zip(sprite.split(256), box.split(256), white.split(256), strict=True)])
+        known = torch.cat(
+            [
+                classifier.features(atlas.compose(s, b, w, 128, 128))
+                for s, b, w in zip(sprite.split(256), box.split(256), white.split(256), strict=True)
+            ]
+        )
         near = classifier.features(images.to(device)) @ known.T
     own = torch.stack([(atlas.concept[rows] == t).nonzero()[0, 0] for t in things])
     return [int(n) for n in (near > near.gather(1, own[:, None])).sum(1)]
@@ -64,7 +69,14 @@ def rank(classifier: Classifier, atlas: Atlas, style: str, images: Tensor, thing
 
 def report(ranks: list[int], model: str, settings: dict[str, Any]) -> dict[str, Any]:
     among = {f"top{k}": round(sum(r < k for r in ranks) / len(ranks), 4) for k in (1, 5)}
-    return {"model": model, "names": len(ranks), **among, "goal_top5": GOALS[model], "style": TESTS[model][1], **settings}
+    return {
+        "model": model,
+        "names": len(ranks),
+        **among,
+        "goal_top5": GOALS[model],
+        "style": TESTS[model][1],
+        **settings,
+    }
 
 
 def contact_sheet(images: Tensor, ranks: list[int], path: Path, columns: int = 20, side: int = 96) -> None:
@@ -93,10 +105,22 @@ def draw(model: str, prompts: list[str], device: torch.device, batch: int = 20) 
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(start + k) for k in range(len(part))]
-        drawn = pipe(part, height=128, width=128, num_inference_steps=about.steps, guidance_scale=about.guidance_scale, generator=generators, output_type="pt")
+        drawn = pipe(
+            part,
+            height=128,
+            width=128,
+            num_inference_steps=about.steps,
+            guidance_scale=about.guidance_scale,
+            generator=generators,
+            output_type="pt",
+        )
         images.append(drawn.images.float().cpu() * 2 - 1)
         print(f"{model}: {start + len(part)} of {len(prompts)}", flush=True)
-    return torch.cat(images), {"steps": about.steps, "guidance_scale": about.guidance_scale, "scheduler": about.scheduler}
+    return torch.cat(images), {
+        "steps": about.steps,
+        "guidance_scale": about.guidance_scale,
+        "scheduler": about.scheduler,
+    }
 
 
 def main() -> None:
@@ -105,21 +129,22 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--data", type=Path, default=DATA / "emoji")
     parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "models-quality.json")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images", help="folder of the contact sheets")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     captioner, atlas = Captioner(args.data), Atlas(args.data, device)
     classifier = load_classifier(args.runs / "classifier.safetensors", device)
-    file = ROOT / "benchmarks" / "models-quality.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
     for model in args.model:
         things, prompts = questions(captioner, model, args.count)
         images, settings = draw(model, prompts, device)
         ranks = rank(classifier, atlas, TESTS[model][1], images, things)
         results[model] = report(ranks, model, settings)
-        contact_sheet(images, ranks, ROOT / "docs" / "images" / f"models-{model}.jpg")
+        contact_sheet(images, ranks, args.images / f"models-{model}.jpg")
         print(json.dumps(results[model]))
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(results, indent=2) + "\n")
+        args.output.parent.mkdir(exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 from recipes.emoji.captions import MAX_SPRITES, Captioner
 
 WORKERS = min(12, os.cpu_count() or 1)
+SHARES = 12  # of the scenes, each with its own seed: the same scenes on every machine
 
 
 class Atlas:
@@ -167,9 +168,13 @@ def scene_tensors(
     folder: Path, count: int, height: int, width: int, seed: int, device: torch.device, style: str | None = None
 ) -> dict[str, Tensor]:
     """`count` scenes as tensors on the device: sprite, box, background, en_ids, zh_ids; made by several processes."""
-    shares = [(folder, seed * 1000 + k, len(part), height, width, style) for k, part in enumerate(np.array_split(range(count), WORKERS)) if len(part)]
+    shares = [
+        (folder, seed * 1000 + k, len(part), height, width, style)
+        for k, part in enumerate(np.array_split(range(count), SHARES))
+        if len(part)
+    ]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if len(shares) == 1 or count < 2000:
+    if WORKERS == 1 or count < 2000:
         parts = [make_scenes(share) for share in shares]
     else:
         with multiprocessing.get_context("fork").Pool(WORKERS) as pool:

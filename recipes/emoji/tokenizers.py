@@ -26,7 +26,9 @@ def train_clip(texts: list[str], folder: Path, vocab_size: int) -> None:
 
     bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 400, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
@@ -44,7 +46,9 @@ def train_bert(texts: list[str], folder: Path, vocab_size: int) -> None:
 
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789,.!?:;'()-，。！？、：；（）")
     trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator([*texts, *letters], vocab_size=vocab_size, min_frequency=1, limit_alphabet=3000, show_progress=False)
+    trained.train_from_iterator(
+        [*texts, *letters], vocab_size=vocab_size, min_frequency=1, limit_alphabet=3000, show_progress=False
+    )
     vocab = trained.get_vocab()
     BertTokenizer(vocab=vocab, do_lower_case=True, model_max_length=MAX_LENGTH).save_pretrained(folder)
 

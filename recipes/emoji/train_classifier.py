@@ -26,19 +26,25 @@ def examples(atlas: Atlas, batch: int) -> tuple[Tensor, Tensor]:
     sprite[:, 0] = torch.randint(len(atlas.concept), (batch,), device=device).to(torch.int16)
     box = torch.zeros(batch, 4, 3, device=device)
     size = torch.empty(batch, device=device).uniform_(0.55, 0.95) * SIDE
-    box[:, 0] = torch.stack([SIDE / 2 + (SIDE - size) * (torch.rand(batch, device=device) - 0.5) for _ in range(2)] + [size], 1)
+    box[:, 0] = torch.stack(
+        [SIDE / 2 + (SIDE - size) * (torch.rand(batch, device=device) - 0.5) for _ in range(2)] + [size], 1
+    )
     background = torch.randint(0, 256, (batch, 3), device=device).to(torch.uint8)
     background[torch.rand(batch, device=device) < 0.6] = 255
     images = atlas.compose(sprite, box, background, SIDE, SIDE)
     rough = torch.rand(batch, device=device) < 0.5
     images[rough] = F.avg_pool2d(F.pad(images[rough], (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return images + 0.08 * torch.randn_like(images) * torch.rand(batch, 1, 1, 1, device=device), atlas.concept[sprite[:, 0].long()]
+    return images + 0.08 * torch.randn_like(images) * torch.rand(batch, 1, 1, 1, device=device), atlas.concept[
+        sprite[:, 0].long()
+    ]
 
 
 def load_classifier(path: str, device: torch.device) -> Classifier:
     """The trained classifier, frozen."""
     weights = {k: v.float() for k, v in load_file(path).items()}
-    model = Classifier(len(weights["head.weight"]), tuple(weights[f"blocks.{k}.skip.weight"].shape[0] for k in range(5)))
+    model = Classifier(
+        len(weights["head.weight"]), tuple(weights[f"blocks.{k}.skip.weight"].shape[0] for k in range(5))
+    )
     model.load_state_dict(weights, strict=False)
     return model.to(device).eval().requires_grad_(False)
 

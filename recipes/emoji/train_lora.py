@@ -50,7 +50,9 @@ def add_adapters(model: Model, targets: Targets) -> None:
     model.requires_grad_(False)
     for module, patterns in ((model.unet, targets.unet), (model.text["en"], targets.text)):
         if patterns:
-            config = LoraConfig(r=targets.rank, lora_alpha=targets.rank, target_modules="|".join(f"({p})" for p in patterns))
+            config = LoraConfig(
+                r=targets.rank, lora_alpha=targets.rank, target_modules="|".join(f"({p})" for p in patterns)
+            )
             inject_adapter_in_model(config, module)
 
 
@@ -76,7 +78,11 @@ def to_kohya(weights: dict[str, Tensor], alpha_share: float = 0.5) -> dict[str, 
     result = {}
     for name, value in weights.items():
         layer, side, _ = name.rsplit(".", 2)
-        layer = "lora_te_" + layer.removeprefix("text_encoder.") if layer.startswith("text_encoder.") else "lora_unet_" + layer.removeprefix("unet.")
+        layer = (
+            "lora_te_" + layer.removeprefix("text_encoder.")
+            if layer.startswith("text_encoder.")
+            else "lora_unet_" + layer.removeprefix("unet.")
+        )
         layer = layer.replace(".", "_")
         if side == "lora_A":
             result[f"{layer}.lora_down.weight"] = value
@@ -89,7 +95,11 @@ def to_kohya(weights: dict[str, Tensor], alpha_share: float = 0.5) -> dict[str, 
 def write(weights: dict[str, Tensor], name: str, runs: Path) -> None:
     (runs / "loras" / "kohya").mkdir(parents=True, exist_ok=True)
     save_file(weights, runs / "loras" / f"{name}.safetensors", metadata={"format": "pt"})
-    save_file(to_kohya(weights), runs / "loras" / "kohya" / f"{name}.safetensors", metadata={"ss_network_module": "networks.lora"})
+    save_file(
+        to_kohya(weights),
+        runs / "loras" / "kohya" / f"{name}.safetensors",
+        metadata={"ss_network_module": "networks.lora"},
+    )
 
 
 def train(name: str, args: Any, model: Model, pool: Pool, device: torch.device) -> None:
@@ -118,7 +128,10 @@ def main() -> None:
     parser.add_argument("--model", default="emoji", help="the run that the LoRA is for")
     parser.set_defaults(minutes=1.0)
     mine = parser.parse_args()
-    args = train_text2img.parse(["--languages", "en", "--init", mine.model, "--scenes", "16000", "--seed", str(mine.seed)] + ["--tiny"] * mine.tiny)
+    args = train_text2img.parse(
+        ["--languages", "en", "--init", mine.model, "--scenes", "16000", "--seed", str(mine.seed)]
+        + ["--tiny"] * mine.tiny
+    )
     args.data, args.runs, args.minutes, args.steps = mine.data, mine.runs, mine.minutes, mine.steps
     device = setup(args)
     vae = load_vae(args.runs, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -126,7 +139,8 @@ def main() -> None:
     pool = Pool(args, Atlas(args.data, device), vae, size, args.scenes, LOOKS[mine.name])
     model = Model(args).to(device)
     train(mine.name, args, model, pool, device)
-    sheet(model.eval().draw(vae, "en", PROMPTS["en"]), args.runs / f"lora-{mine.name}.png")
+    prompts, steps = (PROMPTS["en"][:2], 2) if args.tiny else (PROMPTS["en"], 30)
+    sheet(model.eval().draw(vae, "en", prompts, steps=steps), args.runs / f"lora-{mine.name}.png")
 
 
 if __name__ == "__main__":

@@ -50,9 +50,21 @@ PROMPTS = {
 class Pool:
     """Encoded scenes of one size on the device: latents [N, 4, h, w] f16 and tokens of each language [N, 77] int16."""
 
-    def __init__(self, args: argparse.Namespace, atlas: Atlas, vae: Any, size: tuple[int, int], scenes: int, look: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        atlas: Atlas,
+        vae: Any,
+        size: tuple[int, int],
+        scenes: int,
+        look: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         height, width = 8 * size[0], 8 * size[1]
-        cache = args.runs / "pools" / f"{height}x{width}-{scenes}-{args.seed}-{args.style}-{look.__name__ if look else ''}.pt"
+        cache = (
+            args.runs
+            / "pools"
+            / f"{height}x{width}-{scenes}-{args.seed}-{args.style}-{look.__name__ if look else ''}.pt"
+        )
         if cache.exists():
             kept = torch.load(cache, map_location=atlas.concept.device, weights_only=True)
             self.latents, self.tokens = kept["latents"], kept["tokens"]
@@ -83,7 +95,9 @@ class Model(nn.Module):
         self.text = nn.ModuleDict({language: make_text_encoder(language, t) for language, t in self.tokenizers.items()})
         if args.init:
             weights = load_file(args.runs / f"{args.init}.safetensors")
-            kept = {k: v.float() for k, v in weights.items() if k.startswith("unet.") or k.split(".")[1] in args.languages}
+            kept = {
+                k: v.float() for k, v in weights.items() if k.startswith("unet.") or k.split(".")[1] in args.languages
+            }
             self.load_state_dict(kept)
         if args.freeze_text:
             self.text.requires_grad_(False)
@@ -97,13 +111,17 @@ class Model(nn.Module):
     def embed(self, language: str, ids: Tensor) -> Tensor:
         return self.text[language](ids.long())[0]
 
-    def draw(self, vae: Any, language: str, prompts: list[str], height: int = 128, width: int = 128, **options: Any) -> Tensor:
+    def draw(
+        self, vae: Any, language: str, prompts: list[str], height: int = 128, width: int = 128, **options: Any
+    ) -> Tensor:
         with torch.no_grad():
             text, empty = (self.embed(language, self.tokens(language, p)) for p in (prompts, [""]))
         return sample(self.unet, vae, text, empty, height, width, **options)
 
 
-def training_step(model: Model, pool: Pool, optimizer: FlatAdamW, batch: int, alpha: Tensor, total: Tensor) -> Callable[[], None]:
+def training_step(
+    model: Model, pool: Pool, optimizer: FlatAdamW, batch: int, alpha: Tensor, total: Tensor
+) -> Callable[[], None]:
     """The whole step for one size: an equal part of the batch for each language."""
     share = batch // len(model.text)
     empty = {language: model.tokens(language, [""]) for language in model.text}
@@ -124,12 +142,13 @@ def training_step(model: Model, pool: Pool, optimizer: FlatAdamW, batch: int, al
     return function
 
 
-def sheets(model: Model, vae: Any, name: str, runs: Path) -> None:
-    """Draw the prompts at the native size, and some at others."""
+def sheets(model: Model, vae: Any, name: str, runs: Path, tiny: bool = False) -> None:
+    """Draw the prompts at the native size, and some wider."""
+    steps = 2 if tiny else 30
     for language in model.text:
-        prompts = PROMPTS[language]
-        sheet(model.draw(vae, language, prompts), runs / f"{name}-{language}.png")
-        wide = model.draw(vae, language, prompts[:10], 128, 192, seed=1)
+        prompts = PROMPTS[language][: 2 if tiny else 20]
+        sheet(model.draw(vae, language, prompts, steps=steps), runs / f"{name}-{language}.png")
+        wide = model.draw(vae, language, prompts[:10], 128, 192, seed=1, steps=steps)
         sheet(wide, runs / f"{name}-{language}-wide.png", 5)
 
 
@@ -152,7 +171,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init", help="start from this run's weights")
     parser.add_argument("--style", help="draw every scene in this style")
     parser.add_argument("--freeze-text", action="store_true")
-    parser.add_argument("--graphs", action="store_true", help="replay each step as a CUDA graph: pays for small batches")
+    parser.add_argument(
+        "--graphs", action="store_true", help="replay each step as a CUDA graph: pays for small batches"
+    )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--scenes", type=int, default=240_000)
     parser.add_argument("--batch", type=int, default=1024)
@@ -168,7 +189,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def make_pools(args: argparse.Namespace, atlas: Atlas, vae: Any) -> dict[tuple[int, int], Pool]:
     """The encoded scenes of every size; the first size is the native one and has most of them."""
     sizes = TINY_SIZES if args.tiny else SIZES
-    return {size: Pool(args, atlas, vae, size, args.scenes if k == 0 else args.scenes // 40) for k, size in enumerate(sizes)}
+    return {
+        size: Pool(args, atlas, vae, size, args.scenes if k == 0 else args.scenes // 40) for k, size in enumerate(sizes)
+    }
 
 
 def train(args: argparse.Namespace, pools: dict[tuple[int, int], Pool], device: torch.device) -> Model:
@@ -184,7 +207,9 @@ def train(args: argparse.Namespace, pools: dict[tuple[int, int], Pool], device: 
     steps = {}
     for size, pool in pools.items():
         batch = args.batch * native[0] * native[1] // (size[0] * size[1]) // 4 * 4
-        steps[size] = Step(training_step(model, pool, optimizer, batch, alpha, curve.total), device, eager=not args.graphs)
+        steps[size] = Step(
+            training_step(model, pool, optimizer, batch, alpha, curve.total), device, eager=not args.graphs
+        )
     curve.total.zero_()
     choice, clock = random.Random(args.seed), Clock(args, args.lr, first, args.floor)
     while clock.share < 1:
@@ -207,7 +232,7 @@ def main() -> None:
     pools = make_pools(args, Atlas(args.data, device), vae)
     print(f"scenes ready after {time.perf_counter() - began:.0f} s", flush=True)
     args.minutes -= (time.perf_counter() - began) / 60
-    sheets(train(args, pools, device), vae, args.name, args.runs)
+    sheets(train(args, pools, device), vae, args.name, args.runs, args.tiny)
 
 
 if __name__ == "__main__":

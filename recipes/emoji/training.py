@@ -45,7 +45,13 @@ class FlatAdamW:
     After construction the modules' parameters are views of the flat working copy.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype, decay: float = 0.9995, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        dtype: torch.dtype,
+        decay: float = 0.9995,
+        betas: tuple[float, float] = (0.9, 0.99),
+    ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.master = torch.cat([p.detach().float().flatten() for p in self.parameters])
         self.work, self.average, self.decay = self.master.to(dtype), self.master.clone(), decay
@@ -55,7 +61,9 @@ class FlatAdamW:
         self.lr = torch.zeros((), device=self.master.device)
         self.weight = torch.ones((), device=self.master.device)
         capturable = self.master.is_cuda
-        self.adam = torch.optim.AdamW([self.master], lr=self.lr, betas=betas, weight_decay=1e-3, capturable=capturable, fused=capturable or None)
+        self.adam = torch.optim.AdamW(
+            [self.master], lr=self.lr, betas=betas, weight_decay=1e-3, capturable=capturable, fused=capturable or None
+        )
 
     def views(self, flat: Tensor) -> list[Tensor]:
         parts = flat.split([p.numel() for p in self.parameters])
@@ -154,7 +162,10 @@ class Curve:
         self.rows.append([clock.step, now - clock.start, *means])
         values = "  ".join(f"{n} {v:.4f}" for n, v in zip(self.names, means, strict=True))
         speed = self.since / (now - self.last)
-        print(f"{self.name} {100 * clock.share:3.0f} %  step {clock.step}  {values}  {speed:.1f} steps/s  {speed * images_per_step:.0f} images/s", flush=True)
+        print(
+            f"{self.name} {100 * clock.share:3.0f} %  step {clock.step}  {values}  {speed:.1f} steps/s  {speed * images_per_step:.0f} images/s",
+            flush=True,
+        )
         self.total.zero_()
         self.since, self.last = 0, now
 
