@@ -118,7 +118,7 @@ def staged(unet: Any, tokens: int = 77, device: str = "cpu") -> Program:
     sample = torch.zeros(2, 4, 16, 16, device=device)
     text = torch.zeros(2, tokens, unet.config.cross_attention_dim, device=device)
     call = CallReader(unet.forward)((sample, torch.tensor(1.0, device=device), text), {"return_dict": False})
-    profile = profiles.unet(lambda: None)
+    profile = profiles.unet(tuple)
     with profile.capturing(unet):
         graph = capture(unet, unet.forward, call, profile.dims(call.tensors)[0])
     rewrite(graph, [rule for rule in rules_for("portable") if rule.name != "MergeSiblingLinears"])
@@ -235,7 +235,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Eng
     scheduler = DDIMScheduler()
     unet = tiny_unet().requires_grad_(False)
     cache = tmp_path_factory.getbasetemp() / "cache"
-    engine = Engine(unet, Config(backend="aten", cache_dir=cache), profiles.unet(lambda: scheduler.timesteps))
+    engine = Engine(unet, Config(backend="aten", cache_dir=cache), profiles.unet(lambda: [scheduler.timesteps]))
     yield unet, engine.install(), scheduler
     engine.remove()
 
@@ -373,6 +373,6 @@ def test_the_row_is_found_without_reading_the_timestep(running: Any, monkeypatch
 def test_the_stages_live_on_disk_for_the_next_engine(running: Any, tmp_path: Path) -> None:
     _, engine, scheduler = running
     twin = tiny_unet(seed=4).requires_grad_(False)
-    other = Engine(twin, engine.config, profiles.unet(lambda: scheduler.timesteps)).install()
+    other = Engine(twin, engine.config, profiles.unet(lambda: [scheduler.timesteps])).install()
     loop(twin, other, scheduler.timesteps[:1], text())
     assert (other.events.captures, other.events.loaded) == (0, 1)

@@ -36,7 +36,7 @@ from .capture import (
     widen_guards,
 )
 from .config import Config
-from .errors import AdapterError, AllaprimaError, CaptureError, OutOfMemoryError, SizeError
+from .errors import AdapterError, AllaprimaError, CaptureError, OutOfMemoryError, SizeError, is_out_of_memory
 from .fingerprint import StructureWatch, WeightsWatch, adapters, structure
 from .graph import Graph, peak_bytes
 from .rewrite import rewrite, rules_for
@@ -62,7 +62,7 @@ class Profile:
     dims       (tensors) -> rules to try in order for which sizes change
     normalise  brings the arguments to one form, so that equal calls have equal signatures
     capturing  context in which the module is captured
-    schedule   all timesteps of the present run, or None; lets the schedule stage run once for all of them
+    schedules  the lists of timesteps that may be running; lets the schedule stage run once for all of a list
     """
 
     name: str = "module"
@@ -70,7 +70,7 @@ class Profile:
     dims: Callable[[Sequence[torch.Tensor]], Sequence[DimRule]] = dim_rules
     normalise: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] = lambda *args, **kwargs: (args, kwargs)
     capturing: Callable[[nn.Module], AbstractContextManager[None]] = lambda module: nullcontext()
-    schedule: Callable[[], torch.Tensor | None] = lambda: None
+    schedules: Callable[[], Sequence[torch.Tensor]] = tuple
     timestep: str | None = None
 
 
@@ -178,9 +178,9 @@ class Engine:
         """All timesteps of the present run, and which of them this call is for."""
         if self.profile.timestep is None:
             return None
-        schedule = self.profile.schedule()
-        row = row_of(kwargs.get(self.profile.timestep, args[1] if len(args) > 1 else None), schedule)
-        return (schedule, row) if schedule is not None and row is not None else None
+        timestep = kwargs.get(self.profile.timestep, args[1] if len(args) > 1 else None)
+        rows = ((schedule, row_of(timestep, schedule)) for schedule in self.profile.schedules())
+        return next(((schedule, row) for schedule, row in rows if row is not None), None)
 
     def _eager_reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Notice what changed; returns why this call has to run eagerly."""
@@ -416,10 +416,7 @@ def _versions() -> tuple[str, ...]:
 
 def raise_if_out_of_memory(error: BaseException) -> None:
     """Turn the many ways in which memory runs out into our error."""
-    text = str(error).lower()
-    if isinstance(error, AllaprimaError):
-        return
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "bad_alloc" in text:
+    if is_out_of_memory(error) and not isinstance(error, AllaprimaError):
         raise OutOfMemoryError(
-            f"out of memory: {text[:200]}. Draw a smaller size or batch; the pipeline stays usable."
+            f"out of memory: {str(error)[:200]}. Draw a smaller size or batch; the pipeline stays usable."
         ) from error

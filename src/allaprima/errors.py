@@ -85,3 +85,10 @@ class NumericsError(AllaprimaError, ArithmeticError):
 
 class OutOfMemoryError(AllaprimaError, MemoryError):
     """The memory budget of `Config.memory_limit`, or the machine's memory, is spent."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, PyTorch or OpenVINO says that memory ran out."""
+    text = str(error).lower()
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "allocate memory" in text or "bad_alloc" in text

@@ -18,6 +18,7 @@ from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import torch
 from diffusers import (
     DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -52,6 +53,7 @@ class Optimized:
 
     config: Config
     guard: NumericsGuard
+    twins: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     engines: dict[str, Engine] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -145,7 +147,8 @@ def as_task(pipe: DiffusionPipeline, task: Literal["text2img", "img2img", "inpai
     twin = TASKS[task](**pipe.components, requires_safety_checker=pipe.config.get("requires_safety_checker", False))
     twin.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     if (optimized := state(pipe)) is not None:
-        shared = Optimized(optimized.config, optimized.guard, dict(optimized.engines))
+        shared = Optimized(optimized.config, optimized.guard, optimized.twins, dict(optimized.engines))
+        optimized.twins.add(twin)
         twin.__dict__[_STATE] = shared
         _wrap_methods(twin, shared)
     return twin
@@ -153,7 +156,8 @@ def as_task(pipe: DiffusionPipeline, task: Literal["text2img", "img2img", "inpai
 
 def _optimize_pipeline(pipe: Any, config: Config) -> None:
     optimized = Optimized(config, NumericsGuard())
-    for _, module, _ in _components(pipe):
+    optimized.twins.add(pipe)
+    for _, module, _ in _components(pipe, optimized):
         if isinstance(old := module.__dict__.get("forward"), Engine):
             old.remove()  # a component shared with another optimized pipeline: the newest owner wins
     _install(pipe, optimized)
@@ -163,7 +167,7 @@ def _optimize_pipeline(pipe: Any, config: Config) -> None:
 
 def _install(pipe: Any, optimized: Optimized) -> None:
     """Give an engine to every component that has none: at first to all, later to those that the user exchanged."""
-    components = list(_components(pipe))
+    components = list(_components(pipe, optimized))
     known = {name: engine.module for name, engine in optimized.engines.items()}
     if all(known.get(name) is module for name, module, _ in components):
         return
@@ -184,16 +188,22 @@ def _remove(engine: weakref.ref[Engine]) -> None:
         found.remove()
 
 
-def _components(pipe: Any) -> Iterator[tuple[str, nn.Module, Profile]]:
+def _components(pipe: Any, optimized: Optimized) -> Iterator[tuple[str, nn.Module, Profile]]:
     if isinstance(encoder := getattr(pipe, "text_encoder", None), nn.Module):
         yield "text_encoder", encoder, profiles.text_encoder()
     if isinstance(unet := getattr(pipe, "unet", None), nn.Module):
-        yield "unet", unet, profiles.unet(lambda: getattr(pipe.scheduler, "timesteps", None))
+        yield "unet", unet, profiles.unet(functools.partial(_schedules, optimized.twins))
     vae: Any = getattr(pipe, "vae", None)
     if isinstance(getattr(vae, "decoder", None), nn.Module):
         yield "vae.decoder", vae.decoder, profiles.vae_decoder()
     if isinstance(getattr(vae, "encoder", None), nn.Module):
         yield "vae.encoder", vae.encoder, profiles.vae_encoder()
+
+
+def _schedules(twins: weakref.WeakSet[Any]) -> list[torch.Tensor]:
+    """The timesteps of every pipeline that shares the UNet: each may have a scheduler of its own."""
+    found = (getattr(pipe.scheduler, "timesteps", None) for pipe in twins)
+    return [timesteps for timesteps in found if isinstance(timesteps, torch.Tensor)]
 
 
 def _observe(optimized: Optimized, pipe: Any) -> None:

@@ -30,7 +30,7 @@ class _UNetTimes(dict[str, Time]):
         return super().get(key.split(".")[0], default)
 
 
-def unet(schedule: Callable[[], torch.Tensor | None]) -> Profile:
+def unet(schedules: Callable[[], Sequence[torch.Tensor]]) -> Profile:
     """A conditional UNet of diffusers: sample `[B, C, H, W]`, timestep `[]` or `[B]`, embeddings `[B, S, D]`."""
     times = _UNetTimes({"timestep": Time.SCHEDULE})
     times.update(dict.fromkeys(_STEP_INPUTS, Time.STEP) | dict.fromkeys(_UNET_INPUTS, Time.PROMPT))
@@ -40,7 +40,7 @@ def unet(schedule: Callable[[], torch.Tensor | None]) -> Profile:
         dims=_unet_dims,
         normalise=_normalise_unet,
         capturing=_target_sizes_always,
-        schedule=schedule,
+        schedules=schedules,
         timestep="timestep",
     )
 

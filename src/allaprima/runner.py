@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from .backends import build
+from .backends.aten import AtenExecutable
 from .backends.base import INPUT_ROLES, Executable
 from .config import Config
+from .errors import is_out_of_memory
 from .graph import Graph, SizeSpec, number
 from .stage import Program, Stage, Time, Value
 from .weights.binding import Binding, weight_names
@@ -49,8 +51,7 @@ class Runner:
         for running in self._stages:
             graph = running.stage.graph
             if not self.bound or not weight_names(graph).isdisjoint(changed):
-                running.executable.bind(self.binding.values(graph, sources))
-                running.forget()
+                self._bind_stage(running, self.binding.values(graph, sources))
                 rebuilt |= self.bound
         self._fixed = {
             r.name: self.binding.value(r.role, r.name, sources)
@@ -59,6 +60,19 @@ class Runner:
         }
         self.stale, self.bound = set(), True
         return rebuilt
+
+    def _bind_stage(self, running: _RunningStage, weights: Mapping[str, torch.Tensor]) -> None:
+        """Bind a stage; one that its backend cannot build after all runs on ATen, and `explain` says so."""
+        try:
+            running.executable.bind(weights)
+        except RuntimeError as error:
+            if isinstance(running.executable, AtenExecutable) or is_out_of_memory(error):
+                raise
+            failed = self.backends[running.stage.time].split(":")[0]
+            self.backends[running.stage.time] = f"aten: {failed} failed with {str(error).strip()[:200]!r}"
+            running.executable = AtenExecutable(running.stage.graph)
+            running.executable.bind(weights)
+        running.forget()
 
     def __call__(
         self,
@@ -146,9 +160,9 @@ def _same(seen: tuple[Any, int], value: Any) -> bool:
     return unchanged and value.device.type == "cpu" and torch.equal(old, value)
 
 
-def row_of(timestep: Any, schedule: torch.Tensor | None) -> int | None:
+def row_of(timestep: Any, schedule: torch.Tensor) -> int | None:
     """The row of `schedule` that `timestep` is a view of, found without reading it (that would stop the host)."""
-    if not isinstance(timestep, torch.Tensor) or schedule is None or schedule.dim() != 1:
+    if not isinstance(timestep, torch.Tensor) or schedule.dim() != 1:
         return None
     if timestep.dim() != 0 or timestep.dtype != schedule.dtype:
         return None

@@ -31,4 +31,6 @@ def build(graph: Graph, config: Config, dtype: torch.dtype, device: torch.device
 
     if missing := openvino.unsupported(graph):
         return AtenExecutable(graph), f"aten: OpenVINO cannot run {'; '.join(missing[:3])}"
-    return openvino.OpenVinoExecutable(graph, dtype=dtype, threads=config.threads), "openvino"
+    # The engine looks at the weights' versions before every run and binds again where one changed, so the model may
+    # read the weights' own memory: for SD1.5 in float32 that saves 3.4 GB and seconds of copying at each bind.
+    return openvino.OpenVinoExecutable(graph, dtype=dtype, threads=config.threads, share=True), "openvino"

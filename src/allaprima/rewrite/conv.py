@@ -49,16 +49,14 @@ class FoldUpsample(Rule):
 
     The folded taps are a function of the weight alone, hence computed once.
 
-    always_twice  fire only where the target is certainly 2n, never 2n - 1: for backends without the correction of the
-                  last row and column
-    halves        fire in half precision too, where the sums of taps are rounded: for backends that choose between
-                  both forms when they know sizes and errors
+    halves  fire in half precision too, where the sums of taps are rounded: for backends that choose between both forms
+            when they know sizes and errors
     """
 
     roots = (ops.upsample_conv,)
 
-    def __init__(self, always_twice: bool = False, halves: bool = False) -> None:
-        self.always_twice, self.halves = always_twice, halves
+    def __init__(self, halves: bool = False) -> None:
+        self.halves = halves
 
     def match(self, node: Node) -> Node:
         return node
@@ -66,8 +64,6 @@ class FoldUpsample(Rule):
     def declines(self, found: Node) -> str | None:
         if not self.halves and spec(found).dtype in (torch.float16, torch.bfloat16):
             return f"sums of taps would be rounded to {str(spec(found).dtype).removeprefix('torch.')}"
-        if self.always_twice and found.args[4:] != (None, None):
-            return "the target may be one less than twice the input"
         return None
 
     def rewrite(self, found: Node) -> None:
