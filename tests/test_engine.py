@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import allaprima as ap
+from allaprima import engine as engine_module
 from allaprima.config import Config
 from allaprima.engine import Engine
 from allaprima.pipelines import engines
@@ -346,3 +347,19 @@ def test_two_threads_share_an_engine() -> None:
     for x, result in zip(inputs, results, strict=True):
         torch.testing.assert_close(result, engine_of(module).original(x))
     assert engine_of(module).events.captures == 1
+
+
+def test_a_module_that_did_not_change_is_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is an attribute of the module that it watches: its own state must not count as a change."""
+    described = []
+    describe = engine_module.structure
+    monkeypatch.setattr(engine_module, "structure", lambda module: described.append(module) or describe(module))
+    module = ap.optimize(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), aten())
+    module(torch.randn(2, 4))
+    described.clear()
+    for rows in (1, 2, 3):
+        module(torch.randn(rows, 4))
+    assert not described
+    module[1].inplace = True
+    module(torch.randn(2, 4))
+    assert described
