@@ -195,7 +195,7 @@ def test_a_lora_is_drawn_with_by_plain_diffusers_and_written_down(checkpoint: st
     assert info.settings["Lora"] == "ink.safetensors:0.5"
 
 
-@pytest.mark.parametrize(("name", "said"), [("cryon", "pixel"), ("broken.safetensors", "does not fit")])
+@pytest.mark.parametrize(("name", "said"), [("cryon", "neon"), ("broken.safetensors", "does not fit")])
 def test_a_lora_that_cannot_be_loaded_is_explained(checkpoint: str, here: Path, name: str, said: str) -> None:
     save_file({"unet.nowhere.lora_A.weight": torch.ones(2, 2)}, "broken.safetensors")
     assert said in run("generate", "a", "--model", checkpoint, "--no-optimize", "--lora", name, code=2)
