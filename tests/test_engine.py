@@ -363,3 +363,29 @@ def test_a_module_that_did_not_change_is_described_once(monkeypatch: pytest.Monk
     module[1].inplace = True
     module(torch.randn(2, 4))
     assert described
+
+
+def test_an_argument_that_says_what_its_default_says_is_no_other_call() -> None:
+    class Optional(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, twice: bool = False) -> torch.Tensor:
+            return (x if mask is None else x * mask) * (2 if twice else 1)
+
+    module = ap.optimize(Optional().eval(), aten())
+    x = torch.randn(2, 4)
+    for arguments in ({}, {"mask": None}, {"twice": False}, {"mask": None, "twice": False}):
+        assert agrees(module, x, **arguments)
+    assert engine_of(module).events.captures == 1
+    assert agrees(module, x, twice=True)
+    assert engine_of(module).events.captures == 2
+
+
+def test_a_stage_that_its_backend_cannot_build_runs_on_aten_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from allaprima.backends.openvino.runtime import OpenVinoExecutable
+
+    def broken(self: Any, weights: Any) -> None:
+        raise RuntimeError("no primitive for this processor")
+
+    monkeypatch.setattr(OpenVinoExecutable, "bind", broken)
+    module = ap.optimize(nn.Linear(4, 4).eval(), Config(cache_dir=None))
+    assert agrees(module, torch.randn(3, 4))
+    assert "no primitive for this processor" in str(ap.explain(module))

@@ -639,3 +639,13 @@ def test_out_of_memory_is_our_error_and_passes(pipe: Any, monkeypatch: pytest.Mo
         with pytest.raises(ap.errors.OutOfMemoryError, match="smaller"):
             draw(pipe)
     same_as_eager(pipe)
+
+
+def test_a_twin_with_a_scheduler_of_its_own_computes_its_schedule_once(own: StableDiffusionPipeline) -> None:
+    twin = as_task(own, "img2img")
+    set_scheduler(twin, "Euler")
+    assert twin.scheduler is not own.scheduler
+    runs = engines(own)["unet"].events.stage_runs
+    before = runs["SCHEDULE"]
+    twin("a cat", image=PICTURE, strength=1.0, num_inference_steps=4, output_type="np")
+    assert runs["SCHEDULE"] - before == 1
