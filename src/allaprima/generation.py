@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import __version__
-from .errors import InputError, NumericsError, OutOfMemoryError, SizeError
+from .errors import InputError, NumericsError, OutOfMemoryError, SizeError, is_out_of_memory
 from .infotext import Infotext, save_png
 
 if TYPE_CHECKING:
@@ -413,18 +413,12 @@ def quiet_libraries() -> None:
 @contextmanager
 def _memory_errors(settings: Settings, batch: int) -> Iterator[None]:
     """Turn the many ways in which memory runs out into one error that says what to do."""
-    import torch
-
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, OutOfMemoryError) or not _is_memory_error(error, torch.OutOfMemoryError):
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
             f"memory ran out at {settings.width}x{settings.height} with {batch} images at once: "
             "draw fewer at once (--batch 1) or smaller (--size)."
         ) from error
-
-
-def _is_memory_error(error: Exception, torch_error: type[Exception]) -> bool:
-    return isinstance(error, (MemoryError, torch_error)) or "can't allocate memory" in str(error)
