@@ -332,6 +332,44 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     assert agrees(module, torch.randn(2, 4))
 
 
+def test_a_capture_leaves_the_modules_of_other_threads_alone() -> None:
+    """torch's tracer replaces Module.__call__ for the whole process while it works."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Event
+
+    bystander = nn.Sequential(nn.Linear(4, 4), nn.SiLU()).eval()
+    x = torch.randn(3, 4)
+    expected = bystander(x).detach()
+    stop = Event()
+
+    def keep_calling() -> int:
+        calls = 0
+        while not stop.is_set():
+            assert all(type(part) in (nn.Linear, nn.SiLU) for part in bystander)
+            with torch.no_grad():
+                torch.testing.assert_close(bystander(x), expected)
+            calls += 1
+        return calls
+
+    def first_call(width: int) -> None:
+        parts = [part for _ in range(12) for part in (nn.Linear(width, width), nn.SiLU())]
+        module = nn.Sequential(*parts).eval()
+        given = torch.randn(2, width)
+        with torch.no_grad():
+            wanted = module(given)
+            torch.testing.assert_close(ap.optimize(module, aten())(given), wanted)
+        assert engine_of(module).events.captures == 1
+        assert not engine_of(module).events.fallbacks
+
+    with ThreadPoolExecutor(4) as pool:
+        callers = [pool.submit(keep_calling) for _ in range(2)]
+        try:
+            list(pool.map(first_call, (3, 4, 5, 6)))
+        finally:
+            stop.set()
+        assert all(caller.result() > 0 for caller in callers)
+
+
 def test_two_threads_share_an_engine() -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from torch.export import Dim as ExportDim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph as FxGraph
-from torch.fx import Node
+from torch.fx import Node, _symbolic_trace
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
@@ -203,7 +204,7 @@ def capture(module: torch.nn.Module, forward: Callable[..., Any], call: Call, di
     named: dict[str, Any] = {}
     shapes = tuple({i: _export_dim(d, named) for i, d in w.items()} or None for w in wanted)
     try:
-        with _quiet(), _left_alone(module), torch.no_grad():
+        with _alone(), _quiet(), _left_alone(module), torch.no_grad():
             program = torch.export.export(caller, examples, dynamic_shapes=(shapes,), strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
                 program = program.run_decompositions({})
@@ -228,6 +229,31 @@ def _export_dim(dim: DynamicDim, named: dict[str, Any]) -> Any:
 
 def _mutates(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+_one_at_a_time = threading.Lock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One capture at a time in a process, and none of it seen by other threads: while torch's tracer works, it replaces
+    `Module.__call__` and `Module.__getattr__` for everybody, and would record what other threads call."""
+    with _one_at_a_time:
+        tracing, patch_method = threading.get_ident(), _symbolic_trace._Patcher.patch_method
+
+        def patch_for_this_thread(self: Any, cls: type, name: str, new: Callable[..., Any], *rest: Any, **how: Any) -> None:
+            old = getattr(cls, name)
+
+            def method(*args: Any, **kwargs: Any) -> Any:
+                return (new if threading.get_ident() == tracing else old)(*args, **kwargs)
+
+            patch_method(self, cls, name, method, *rest, **how)
+
+        _symbolic_trace._Patcher.patch_method = patch_for_this_thread  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            _symbolic_trace._Patcher.patch_method = patch_method  # type: ignore[method-assign]
 
 
 @contextmanager
