@@ -1,0 +1,81 @@
+"""One compiled form of a kernel, and compiling it: for the GPU at hand, or for any other without having one.
+
+Sizes are arguments, never constants: a kernel has as many forms as its file lists, and a new size compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+ARCHES = (80, 86, 89, 90)
+"""Compute capabilities for which every kernel is compiled in the tests."""
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is fixed when a kernel is compiled.
+
+    kernel     the function under @triton.jit
+    arguments  its arguments in order, without constants: a dtype for a pointer to such numbers, an int or a float for
+               a number (only its type counts)
+    constants  the tl.constexpr arguments
+    """
+
+    kernel: Any
+    arguments: tuple[torch.dtype | int | float, ...]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "constants", MappingProxyType(dict(self.constants)))
+
+    @property
+    def name(self) -> str:
+        given = " ".join(f"{k}={v}" for k, v in self.constants.items())
+        types = ",".join(_TYPES[a] for a in self.arguments if isinstance(a, torch.dtype))
+        return f"{self.kernel.__name__}({types}) {given} warps={self.num_warps} stages={self.num_stages}"
+
+    def warm_up(self) -> None:
+        """Compile for the GPU at hand into Triton's cache, without launching."""
+        self.kernel.warmup(
+            *self.arguments, grid=(1,), num_warps=self.num_warps, num_stages=self.num_stages, **self.constants
+        )
+
+    def compile_for(self, arch: int) -> Any:
+        """Compile for compute capability `arch` / 10; needs no GPU.  returns Triton's CompiledKernel"""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        names = [p.name for p in self.kernel.params if p.name not in self.constants]
+        signature = {n: _type(a) for n, a in zip(names, self.arguments, strict=True)}
+        aligned = {
+            (self.kernel.arg_names.index(n),): [["tt.divisibility", 16]]
+            for n, a in zip(names, self.arguments, strict=True)
+            if isinstance(a, torch.dtype)
+        }
+        constants = dict(self.constants)
+        source = ASTSource(self.kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _type(argument: torch.dtype | int | float) -> str:
+    if isinstance(argument, torch.dtype):
+        return "*" + _TYPES[argument]
+    return "fp32" if isinstance(argument, float) else "i32"
