@@ -241,15 +241,15 @@ def _alone() -> Iterator[None]:
     with _one_at_a_time:
         tracing, patch_method = threading.get_ident(), _symbolic_trace._Patcher.patch_method
 
-        def patch_for_this_thread(self: Any, cls: type, name: str, new: Callable[..., Any], *rest: Any, **how: Any) -> None:
+        def patch_here(self: Any, cls: type, name: str, new: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
             old = getattr(cls, name)
 
-            def method(*args: Any, **kwargs: Any) -> Any:
-                return (new if threading.get_ident() == tracing else old)(*args, **kwargs)
+            def method(*given: Any, **named: Any) -> Any:
+                return (new if threading.get_ident() == tracing else old)(*given, **named)
 
-            patch_method(self, cls, name, method, *rest, **how)
+            patch_method(self, cls, name, method, *args, **kwargs)
 
-        _symbolic_trace._Patcher.patch_method = patch_for_this_thread  # type: ignore[method-assign]
+        _symbolic_trace._Patcher.patch_method = patch_here  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Kernels run on the GPU where there is one, and else under Triton's interpreter, which must be chosen before they are decorated."""
+"""Kernels run on the GPU where there is one, else under Triton's interpreter, chosen before they are decorated."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def device_of(index: int) -> Device:
         like,
         arch=arch,
         num_sms=found.multi_processor_count,
-        shared_bytes=found.shared_memory_per_block_optin,
+        shared_bytes=getattr(found, "shared_memory_per_block_optin", like.shared_bytes),
         l2_bytes=found.L2_cache_size,
         half_tflops=like.half_tflops * share,
         float_tflops=like.float_tflops * share,

@@ -1,1 +1,1 @@
-"""The kernels, one file an operator: what Triton compiles, the finite set of its forms, and the call that launches it."""
+"""The kernels, one file an operator: what Triton compiles, the finite set of its forms, the call that launches it."""
