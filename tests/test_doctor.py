@@ -63,14 +63,6 @@ def test_a_driver_without_cuda_in_torch_is_bad(monkeypatch: pytest.MonkeyPatch) 
     assert "allaprima[cuda]" in finding.advice
 
 
-def test_processor_flags_are_read(tmp_path: Path) -> None:
-    (tmp_path / "x86").write_text("processor\t: 0\nflags\t\t: fpu avx2 amx_bf16\n")
-    (tmp_path / "arm").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
-    assert doctor.cpu_flags(tmp_path / "x86") == {"fpu", "avx2", "amx_bf16"}
-    assert "bf16" in doctor.cpu_flags(tmp_path / "arm")
-    assert not doctor.cpu_flags(tmp_path / "none")
-
-
 def test_the_cache_is_measured(private_cache: Path) -> None:
     private_cache.mkdir(parents=True, exist_ok=True)
     (private_cache / "graph.json").write_bytes(bytes(2**21))

@@ -20,13 +20,12 @@ ORDER = (
     ("demo",),
     ("bench", "doctor"),
     ("verification",),
-    ("bench.environment", "generation"),
+    ("generation",),
     ("explanation",),
     ("pipelines",),
     ("profiles",),
     ("prompts",),
     ("engine",),
-    ("runner",),
     ("runner",),
     ("weights",),
     ("backends",),
@@ -36,7 +35,7 @@ ORDER = (
     ("record",),
     ("graph",),
     ("ops",),
-    ("fingerprint", "infotext", "models", "config", "numerics", "schedulers"),
+    ("environment", "fingerprint", "infotext", "models", "config", "numerics", "schedulers"),
     ("errors",),
 )
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from .config import default_cache_dir
+from .environment import available_cores, cpu_flags, free_memory_bytes, package_version
 
 State = Literal["good", "note", "bad"]
 MARKS = {"good": "[green]✓[/]", "note": "[yellow]•[/]", "bad": "[red]✗[/]"}
@@ -67,9 +68,8 @@ def _packages() -> Iterator[Finding]:
 
 
 def _openvino() -> Iterator[Finding]:
-    try:
-        version = importlib.metadata.version("openvino")
-    except importlib.metadata.PackageNotFoundError:
+    version = package_version("openvino")
+    if version is None:
         advice = "pip install 'allaprima[cpu]' makes pictures on the processor about twice as fast"
         yield Finding("OpenVINO", "note", "not installed", advice)
         return
@@ -95,10 +95,9 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _triton() -> Finding:
-    try:
-        return Finding("Triton", "good", importlib.metadata.version("triton"))
-    except importlib.metadata.PackageNotFoundError:
-        return Finding("Triton", "note", "not installed", "pip install 'allaprima[cuda]' brings our GPU kernels")
+    if version := package_version("triton"):
+        return Finding("Triton", "good", version)
+    return Finding("Triton", "note", "not installed", "pip install 'allaprima[cuda]' brings our GPU kernels")
 
 
 def _processor() -> Iterator[Finding]:
@@ -172,31 +171,6 @@ LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _cache,
     _models,
 )
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """The processor's features by Linux's names; empty where there is no /proc."""
-    if not cpuinfo.exists():
-        return frozenset()
-    for line in cpuinfo.read_text(errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip().lower() in ("flags", "features"):
-            return frozenset(value.split())
-    return frozenset()
-
-
-def available_cores() -> int:
-    """The cores that this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Memory that can be taken without swapping, or None where it cannot be told."""
-    if not meminfo.exists():
-        return None
-    pairs = (line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
-    kib = {key: value.split()[0] for key, value in pairs}.get("MemAvailable")
-    return int(kib) * 1024 if kib else None
 
 
 def _package(name: str, low: tuple[int, ...], high: tuple[int, ...]) -> Finding:

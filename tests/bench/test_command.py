@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from allaprima.bench import command, environment, measure, workloads
+from allaprima.bench import command, measure, workloads
 from allaprima.bench.floor import Ceiling
 from allaprima.bench.memory import Request, measured_alone
 from allaprima.bench.variants import VARIANTS
@@ -55,7 +55,13 @@ def test_the_last_line_is_all_of_it(program: typer.Typer, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--variants", "eager,tensorrt"], "tensorrt"), (["--what", "unet"], "unet"), (["--sizes", "64x65"], "64x65")],
+    [
+        (["--variants", "eager,tensorrt"], "tensorrt"),
+        (["--what", "unet"], "unet"),
+        (["--sizes", "64x65"], "64x65"),
+        (["--batches", "1,two"], "'two'"),
+        (["--batches", "0"], "'0'"),
+    ],
 )
 def test_wrong_options(program: typer.Typer, tmp_path: Path, options: list[str], said: str) -> None:
     result = run(program, tmp_path, *options)
@@ -71,14 +77,6 @@ def test_sizes_default_to_the_native_one_and_its_double(tiny_pipe: Any) -> None:
 def test_help_loads_no_torch() -> None:
     code = "import sys, allaprima.bench.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_environment_names_no_path_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/home/someone/venv/bin/allaprima", "bench", "--json"])
-    assert environment.environment()["command"] == "allaprima bench --json"
-    monkeypatch.setattr(sys, "argv", ["/home/someone/allaprima/src/allaprima/verification.py", "--model", "x"])
-    assert environment.environment()["command"] == "python -m allaprima.verification --model x"
-    assert str(Path.cwd()) not in json.dumps(environment.environment())
 
 
 def test_memory_of_a_process_of_its_own(tiny_pipe: Any, tmp_path: Path) -> None:
