@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Matrix products: linear, with a residual, gated, and 1×1 convolutions over one or two tensors.
 
 One kernel makes them all, since they differ only in where rows are read and in the epilogue.  Where the result has too
@@ -9,7 +9,7 @@ and applies the epilogue, so that results never depend on timing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,9 +36,9 @@ _INT32 = 2**31 - 1
 @triton.jit
 def _gelu(x, GEGLU: tl.constexpr):
     if GEGLU == 2:
-        # tanh(u) = 1 - 2 / (1 + exp(2u)) neither overflows nor loses its sign at either end.
+        # (1 + tanh(u)) / 2 = 1 - 1 / (1 + exp(2u)), which is 1 long before the exponential would overflow.
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        return x * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * u)))
+        return x * (1.0 - 1.0 / (1.0 + tl.exp(tl.minimum(2.0 * u, 80.0))))
     return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
 
 
@@ -198,6 +198,10 @@ def combine(
 
 
 # ------------------------------------------------------------------------------------------------- launch parameters
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class Tile:
     """One program makes m×n accumulators (m×n/2 gated results) in steps of k; K is cut into `splits` parts."""
@@ -472,14 +476,14 @@ def launches_of(problem: Problem, tile: Tile, out: torch.Tensor) -> tuple[Launch
         (rows if split else stride_out) // align,
     )  # fmt: skip
     width = tile.n // 2 if gelu else tile.n
-    grid = (triton.cdiv(p.m, tile.m) * triton.cdiv(rows, width), tile.splits)
+    grid = (_cdiv(p.m, tile.m) * _cdiv(rows, width), tile.splits)
     tensors = (first.tensor, second.tensor, p.weight, bias, add[0], target)
     made = Launch(variant, grid, (*tensors, *numbers, *add[1:], has_bias, tile.splits))
     if not split:
         return (made,)
     last = _combine_form(torch.float32, dtype, align, addend, p.gelu)
     arguments = (target, bias, add[0], out, p.m, p.n // align, stride_out // align, *add[1:], has_bias, tile.splits)
-    return made, Launch(last, (triton.cdiv(p.m, COMBINE_M), triton.cdiv(p.n, COMBINE_N)), arguments)
+    return made, Launch(last, (_cdiv(p.m, COMBINE_M), _cdiv(p.n, COMBINE_N)), arguments)
 
 
 def _addend_arguments(p: Problem, align: int) -> tuple[tuple[Any, ...], int]:
@@ -571,7 +575,7 @@ def _pointwise(weight: torch.Tensor, stride: Sequence[int], padding: Sequence[in
     return tuple(weight.shape[2:]) == (1, 1) and set(stride) == {1} and set(padding) == {0}
 
 
-PROBLEMS = {
+PROBLEMS: dict[str, Callable[..., Problem | str]] = {
     "linear": linear_problem,
     "linear_add": linear_add_problem,
     "geglu_linear": geglu_linear_problem,
@@ -701,7 +705,7 @@ def gate_launch(hg: torch.Tensor, approximate: str, out: torch.Tensor | None) ->
         raise InputError(f"out {list(out.shape)} {out.dtype} is not a contiguous half of {list(hg.shape)} {hg.dtype}")
     align = 8 if n % 8 == 0 else 1
     variant = _combine_form(hg.dtype, hg.dtype, align, NO_ADDEND, GELU[approximate], 1)
-    grid = (triton.cdiv(m, COMBINE_M), triton.cdiv(n, COMBINE_N))
+    grid = (_cdiv(m, COMBINE_M), _cdiv(n, COMBINE_N))
     return Launch(variant, grid, (hg, hg, hg, out, m, n // align, n // align, 1, 0, 0, 1, 0, 1)), out
 
 
@@ -723,9 +727,9 @@ def estimate_us(
     """
     t = parameters
     rows = 2 * n if gated else n
-    programs = triton.cdiv(m, t.m) * triton.cdiv(rows, t.n) * t.splits
-    most = triton.cdiv(programs, device.num_sms)
-    depth = triton.cdiv(triton.cdiv(k, t.k), t.splits) * t.k
+    programs = _cdiv(m, t.m) * _cdiv(rows, t.n) * t.splits
+    most = _cdiv(programs, device.num_sms)
+    depth = _cdiv(_cdiv(k, t.k), t.splits) * t.k
     rate = (device.float_tflops if itemsize == 4 else device.half_tflops) / device.num_sms
     flops_us = 2 * t.m * t.n * depth / rate * 1e-6
     # Each block of 64 rows reads its own operand and all of the other; what arrives is written once.
@@ -738,7 +742,7 @@ def estimate_us(
     memory_us = rows * k * itemsize / device.memory_tbs * 1e-6
     memory_us += activations / (device.l2_tbs if cached else device.memory_tbs) * 1e-6
     resident = max(1, min(device.shared_bytes // t.shared_bytes(itemsize), 512 // (32 * t.num_warps)))
-    rounds = triton.cdiv(most, resident)
+    rounds = _cdiv(most, resident)
     tile_us = max(flops_us, shared_us, cache_us) + (gate_us if resident == 1 else gate_us / 2)
     time = LAUNCH_US + START_US * rounds + max(most * tile_us, memory_us)
     if t.splits > 1:
@@ -759,8 +763,8 @@ def candidates(
         too_large = tile.m >= 2 * max(m, 32) or tile.n >= 2 * max(rows, 32)
         if tile.shared_bytes(dtype.itemsize) > device.shared_bytes or too_large:
             continue
-        programs = triton.cdiv(m, tile.m) * triton.cdiv(rows, tile.n)
-        steps = sum(triton.cdiv(k, tile.k) for k in ks)
+        programs = _cdiv(m, tile.m) * _cdiv(rows, tile.n)
+        steps = sum(_cdiv(k, tile.k) for k in ks)
         for splits in SPLITS:
             # Splitting pays only where SMs stand idle, and each part must be worth its start.
             if splits > 1 and (programs * splits > 3 * device.num_sms or steps < 3 * splits):
