@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _let_tensors_bound_loops() -> None:
+    """The interpreter of Triton 3.6 calls int() on arrays of shape [1], which numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    given = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        given(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _let_tensors_bound_loops()
 
 
 @pytest.fixture(scope="session")
