@@ -35,9 +35,8 @@ LATENCY_US = 0.6
 ALIGN = 8
 """Elements that share one mask and one address, where the sizes allow it."""
 
-MERGE = 16
-FINISH = 256
-"""Partial statistics that one step of the apply kernel and of the finish kernel reads."""
+MERGE, FINISH = 64, 2048
+"""Most partial statistics of a group that the second kernel, and the one between, can merge."""
 
 _INT32 = 2**31 - 1
 _MAX_STEP = 2**20
@@ -113,26 +112,20 @@ def _groups(mean, squares, pixels, local, width, COLS: tl.constexpr):
 
 @triton.jit
 def _merge(partial, row, live, num_parts, pixels_part, pixels, width, STEP: tl.constexpr):
-    """Mean and sum of squared deviations of the groups whose partial statistics begin at partial + row."""
-    mean = tl.zeros_like(row).to(tl.float32)
-    squares = tl.zeros_like(mean)
-    for start in range(0, num_parts, STEP):
-        part = start + tl.arange(0, STEP)
-        known = part < num_parts
-        count = tl.where(known, tl.minimum(pixels_part, pixels - part * pixels_part), 0).to(tl.float32)
-        pointers = partial + row[:, None] + part[None, :]
-        mean += tl.sum(tl.load(pointers, mask=known[None, :] & live[:, None], other=0.0) * count[None, :], 1)
-    mean = mean / pixels.to(tl.float32)
-    for start in range(0, num_parts, STEP):
-        part = start + tl.arange(0, STEP)
-        known = part < num_parts
-        count = tl.where(known, tl.minimum(pixels_part, pixels - part * pixels_part), 0).to(tl.float32)
-        pointers = partial + row[:, None] + part[None, :]
-        mask = known[None, :] & live[:, None]
-        apart = tl.load(pointers, mask=mask, other=0.0) - mean[:, None]
-        inner = tl.load(pointers + num_parts, mask=mask, other=0.0)
-        squares += tl.sum(inner + tl.where(mask, apart * apart, 0.0) * (count * width)[None, :], 1)
-    return mean, squares
+    """Mean and sum of squared deviations of the groups whose partial statistics begin at partial + row.
+
+    All of the at most STEP parts are read at once: the wait for them is paid once.
+    """
+    part = tl.arange(0, STEP)
+    known = part < num_parts
+    count = tl.where(known, tl.minimum(pixels_part, pixels - part * pixels_part), 0).to(tl.float32)
+    pointers = partial + row[:, None] + part[None, :]
+    mask = known[None, :] & live[:, None]
+    means = tl.load(pointers, mask=mask, other=0.0)
+    inner = tl.load(pointers + num_parts, mask=mask, other=0.0)
+    mean = tl.sum(means * count[None, :], 1) / pixels.to(tl.float32)
+    apart = means - mean[:, None]
+    return mean, tl.sum(inner + apart * apart * (count * width)[None, :], 1)
 
 
 @triton.jit
@@ -310,13 +303,13 @@ class Whole:
 class Split(Whole):
     """Statistics over `cols` channels and a part of the pixels, then a second kernel over tiles of `apply_cols`.
 
-    programs  how many programs each kernel aims at: few long ones merge less, many short ones balance better
-    merged    parts up to which the second kernel merges them itself; beyond, a third kernel between does
+    programs  how many programs each kernel aims at, ≤ FINISH: few long ones merge less, many short ones balance better
+    merged    parts, ≤ MERGE, up to which the second kernel merges them itself; beyond, a third kernel between does
     """
 
     apply_cols: int = 64
     programs: int = 264
-    merged: int = 64
+    merged: int = MERGE
 
 
 WHOLE = (Whole(32, 4, 4), Whole(64, 4, 8), Whole(64, 8, 16), Whole(128, 4, 8), Whole(128, 8, 16))
@@ -513,7 +506,7 @@ def supports(
 
 def _parts(pixels: int, programs: int, others: int, tile: int) -> tuple[int, int]:
     """How many parts the pixels are cut into so that parts·others is about `programs`, and the pixels of a part."""
-    wanted = max(1, min(-(-programs // others), -(-pixels // tile)))
+    wanted = max(1, min(-(-programs // others), -(-pixels // tile), FINISH))
     part = -(-pixels // (wanted * tile)) * tile
     return -(-pixels // part), part
 
@@ -563,7 +556,7 @@ def launches_of(
     arguments = (x, second, vectors[2], partial, *reading, *steps, extra, has[2])
     arguments += (work.pixels, total, span, width, groups, num, part)
     launches = [Launch(_partial_form(x.dtype, p, a, two), (num * spans, work.batch), arguments)]
-    if num > p.merged:
+    if num > min(p.merged, MERGE):
         merged = torch.empty((work.batch, groups, 2, 1), dtype=torch.float32, device=x.device)
         given = (partial, merged, num, part, work.pixels, width)
         launches.append(Launch(_finish_form(), (work.batch * groups,), given))
@@ -681,9 +674,9 @@ def estimate_us(
     tiles, tile = _parts(pixels, p.programs, batch * blocks, p.slots(p.apply_cols) * p.unroll)
     first = _kernel_us(batch * spans * num, part, p.slots(p.cols) * p.unroll, num_bytes / rate, device)
     second = _kernel_us(batch * blocks * tiles, tile, p.slots(p.apply_cols) * p.unroll, 2 * num_bytes / rate, device)
-    finish = LAUNCH_US + LATENCY_US if num > p.merged else 0.0
-    merging = 0.0 if finish else LATENCY_US * -(-num // MERGE) / 2
-    return 2 * LAUNCH_US + first + finish + merging + second
+    finish = LAUNCH_US + LATENCY_US if num > min(p.merged, MERGE) else 0.0
+    # The second kernel waits for the statistics, merged or not, before it waits for its pixels.
+    return 2 * LAUNCH_US + first + finish + LATENCY_US + second
 
 
 def _kernel_us(programs: int, pixels: int, tile: int, bytes_us: float, device: Device) -> float:
