@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from allaprima.backends.cuda.device import KNOWN
-from allaprima.backends.cuda.kernels import cublas
+from allaprima.backends.cuda.kernels import cublas, products
 from allaprima.backends.cuda.kernels import linear as kernels
 from allaprima.backends.cuda.kernels.linear import FLOAT_TILES, GENERAL, HALF_TILES, Tile
 from allaprima.errors import InputError
@@ -110,7 +110,7 @@ def outside_is_nan(view: torch.Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------------------- numerics
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 8, 64), (7, 72, 40), (130, 136, 72), (600, 72, 8), (3, 5, 7), (65, 63, 33)]
+    ("m", "n", "k"), [(1, 8, 64), (7, 72, 40), (130, 136, 72), (520, 72, 8), (3, 5, 7), (65, 63, 33)]
 )
 def test_linear_at_odd_sizes(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> None:
     make = Maker(device, dtype)
@@ -175,7 +175,7 @@ def test_gated_where_gelu_saturates(device: torch.device, approximate: str, spli
 
 
 def test_small_gates_are_as_exact_as_eager(device: torch.device) -> None:
-    """Far left of zero gelu is the difference of nearly equal numbers: no worse there than eager, element by element."""
+    """Far left of zero gelu is the difference of near equals: no worse there than eager, element by element."""
     gates = torch.linspace(-6, 6, 512, device=device).half()
     hg = torch.cat([torch.ones_like(gates), gates])[None]
     truth = F.gelu(gates.double())
@@ -383,12 +383,14 @@ def test_candidates_fit_the_gpu(gpu: Any) -> None:
         for m, n, ks in [(1, 20160, (1280,)), (128, 1280, (1280, 1280)), (8192, 320, (320,)), (7, 8, (72,))]:
             found = kernels.candidates(m, n, ks, dtype, gpu)
             assert found
-            assert all(t.shared_bytes(dtype.itemsize) <= gpu.shared_bytes for t in found)
+            assert all(t.shared_bytes(dtype.itemsize, gpu.arch) <= gpu.shared_bytes for t in found)
             times = [kernels.estimate_us(m, n, sum(ks), dtype.itemsize, t, gpu) for t in found]
             assert all(0 < t < 1e5 for t in times)
             larger = [kernels.estimate_us(4 * m, n, sum(ks), dtype.itemsize, t, gpu) for t in found]
             assert all(b >= a for a, b in zip(times, larger, strict=True))
     assert kernels.candidates(8, 3, (5,), torch.float16, gpu, aligned=False) == [GENERAL]
+    for m, n, k in itertools.product((1, 64, 4096), (8, 1280), (8, 320, 1280)):
+        assert GENERAL not in kernels.candidates(m, n, (k,), torch.float16, gpu), "only for what no other tile takes"
 
 
 def test_few_tiles_ask_for_parts_of_k() -> None:
@@ -436,3 +438,35 @@ def test_estimates_of_the_library_grow() -> None:
             for small, large in [(128, 512), (512, 8192)]:
                 few, many = (cublas.estimate_us(name, m, 1280, (640, 640), 2, form, gpu) for m in (small, large))
                 assert 0 < few <= many
+
+
+# ------------------------------------------------------------------------------------------------------------ choice
+def test_candidates_of_a_call_run_it(device: torch.device) -> None:
+    make = Maker(device, torch.float16)
+    h100 = next(d for d in KNOWN if d.name == "H100")
+    picture, weight, bias = make.picture(1, 128, 1, 9), make(24, 128), make(24)
+    pointwise, residual = weight[:, :, None, None], make.picture(1, 24, 1, 9)
+    for operator, reference, arguments in [
+        ("linear", F.linear, (make(9, 128), weight, bias)),
+        ("linear_add", linear_add, (make(9, 128), weight, bias, make(9, 24))),
+        ("geglu_linear", geglu_linear, (make(9, 128), make(48, 128), None)),
+        ("conv2d_cat", conv2d_cat, ([picture[:, :64], picture[:, 64:]], pointwise, bias, *POINTWISE)),
+        ("conv2d_add", conv2d_add, (picture, pointwise, bias, residual, *POINTWISE, 1)),
+    ]:
+        found = products.candidates(operator, arguments, h100)
+        assert {c.name.split()[0] for c in found} == {"cublas", "triton"}
+        assert found == sorted(found, key=lambda c: c.estimate_us)
+        assert len({c.name for c in found}) == len(found)
+        for candidate in found:
+            assert_right(candidate.call(*arguments, parameters=candidate.parameters), reference, *arguments)
+
+
+def test_candidates_where_ours_cannot(device: torch.device) -> None:
+    make = Maker(device, torch.float16)
+    h100 = next(d for d in KNOWN if d.name == "H100")
+    x, weight = make(9, 72)[:, 1:65], make(24, 64)
+    assert {c.name.split()[0] for c in products.candidates("linear", (x, weight), h100)} == {"cublas"}
+    picture, three = make.picture(1, 64, 4, 4), make(24, 64 * 9).view(24, 64, 3, 3)
+    assert products.candidates("conv2d_cat", ([picture], three, None, (1, 1), (1, 1), (1, 1)), h100) == []
+    grouped = (picture, weight[:, :32, None, None], None, picture[:, :24], *POINTWISE, 2)
+    assert products.candidates("conv2d_add", grouped, h100) == []

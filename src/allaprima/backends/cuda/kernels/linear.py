@@ -213,26 +213,38 @@ class Tile:
     num_stages: int
     splits: int = 1
 
-    def shared_bytes(self, itemsize: int) -> int:
-        """Shared memory of the pipeline."""
-        return (self.m + self.n) * self.k * itemsize * self.num_stages
+    @property
+    def name(self) -> str:
+        parts = f"/{self.splits}" if self.splits > 1 else ""
+        return f"{self.m}x{self.n}x{self.k}{parts} warps={self.num_warps} stages={self.num_stages}"
+
+    def shared_bytes(self, itemsize: int, arch: int) -> int:
+        """Shared memory of the pipeline; Hopper's products read it themselves, so that one more stage is held."""
+        held = self.num_stages if arch >= 90 else max(1, self.num_stages - 1)
+        return (self.m + self.n) * self.k * itemsize * held
+
+    def resident(self, itemsize: int, device: Device) -> int:
+        """Programs that share one SM: by shared memory, and by registers (the accumulators and some 72 more)."""
+        registers = self.m * self.n // (32 * self.num_warps) + 72
+        by_registers = 65536 // (32 * self.num_warps * min(255, registers))
+        return max(1, min(device.shared_bytes // self.shared_bytes(itemsize, device.arch), by_registers))
 
 
 HALF_TILES = (
     Tile(128, 256, 64, 8, 4),
     Tile(256, 128, 64, 8, 3),
-    Tile(128, 256, 32, 8, 4),
     Tile(128, 128, 64, 8, 4),
     Tile(128, 128, 64, 4, 3),
-    Tile(128, 64, 64, 4, 4),
-    Tile(64, 128, 64, 4, 4),
+    Tile(128, 64, 64, 4, 3),
+    Tile(64, 128, 64, 4, 3),
     Tile(64, 64, 64, 4, 4),
     Tile(32, 64, 128, 4, 4),
 )
-"""Tiles for f16 and bf16.  320 columns are five tiles of 64, 640 five of 128; three or four stages of the middle ones
-fit the 99 KB of sm_86 and sm_89, the two large ones want Hopper or an A100."""
+"""Tiles for f16 and bf16.  320 columns are five tiles of 64, 640 five of 128.  Two to four programs of the small ones
+share an SM and hide each other's start and end, which is half of the time where K is 320; all but the two large ones
+fit the 99 KB of sm_86 and sm_89."""
 
-HALF_RAGGED = (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4))
+HALF_RAGGED = (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4))
 """Tiles that are also compiled for a K that is not a multiple of their k."""
 
 FLOAT_TILES = (Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3))
@@ -550,7 +562,7 @@ def conv2d_cat_problem(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Problem | str:
-    if not _pointwise(weight, stride, padding) or not 1 <= len(sources) <= 2:
+    if not is_pointwise(weight, stride, padding) or not 1 <= len(sources) <= 2:
         return "not a 1×1 convolution of stride 1 over one or two tensors"
     return _problem([s.permute(0, 2, 3, 1) for s in sources], weight[:, :, 0, 0], bias, channels_first=True)
 
@@ -565,13 +577,13 @@ def conv2d_add_problem(
     dilation: Sequence[int],
     groups: int,
 ) -> Problem | str:
-    if not _pointwise(weight, stride, padding) or groups != 1:
+    if not is_pointwise(weight, stride, padding) or groups != 1:
         return "not a 1×1 convolution of stride 1 in one group"
     rows = addend.permute(0, 2, 3, 1)
     return _problem((x.permute(0, 2, 3, 1),), weight[:, :, 0, 0], bias, rows, channels_first=True)
 
 
-def _pointwise(weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+def is_pointwise(weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
     return tuple(weight.shape[2:]) == (1, 1) and set(stride) == {1} and set(padding) == {0}
 
 
@@ -741,8 +753,8 @@ def estimate_us(
     cached = activations < device.l2_bytes / 2
     memory_us = rows * k * itemsize / device.memory_tbs * 1e-6
     memory_us += activations / (device.l2_tbs if cached else device.memory_tbs) * 1e-6
-    resident = max(1, min(device.shared_bytes // t.shared_bytes(itemsize), 512 // (32 * t.num_warps)))
-    rounds = _cdiv(most, resident)
+    resident = t.resident(itemsize, device)
+    rounds = most if resident == 1 else 1
     tile_us = max(flops_us, shared_us, cache_us) + (gate_us if resident == 1 else gate_us / 2)
     time = LAUNCH_US + START_US * rounds + max(most * tile_us, memory_us)
     if t.splits > 1:
@@ -760,8 +772,8 @@ def candidates(
     found = []
     for tile in tiles_of(dtype):
         even_k = all(k % tile.k == 0 for k in ks)
-        too_large = tile.m >= 2 * max(m, 32) or tile.n >= 2 * max(rows, 32)
-        if tile.shared_bytes(dtype.itemsize) > device.shared_bytes or too_large:
+        too_large = (tile.m > 64 and tile.m >= 2 * m) or (tile.n > 64 and tile.n >= 2 * rows)
+        if tile.shared_bytes(dtype.itemsize, device.arch) > device.shared_bytes or too_large:
             continue
         programs = _cdiv(m, tile.m) * _cdiv(rows, tile.n)
         steps = sum(_cdiv(k, tile.k) for k in ks)
