@@ -22,6 +22,7 @@ from allaprima.errors import AdapterError, CaptureError
 from allaprima.infotext import read_png
 from allaprima.models import EMBEDDED, LORAS, vocabulary
 from tests import stand_ins
+from tests.test_numerics import overflowing
 from tests.tiny import tiny_pipeline
 
 COMMANDS = ("generate", "verify", "explain", "models", "doctor", "demo", "bench")
@@ -158,6 +159,29 @@ def test_pictures_are_those_of_plain_diffusers(checkpoint: str, here: Path) -> N
         assert ours.name == eager.name
         with Image.open(ours) as a, Image.open(eager) as b:
             assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 1
+
+
+@pytest.mark.filterwarnings("default:the VAE overflowed:RuntimeWarning")
+@pytest.mark.parametrize(
+    "command", [("generate", "a cat", "a dog", "--batch", "1", "--seed", "1"), ("verify", "a cat")], ids=lambda c: c[0]
+)
+def test_a_warning_is_one_line_once(here: Path, command: tuple[str, ...]) -> None:
+    overflowing(tiny_pipeline()).save_pretrained("checkpoint")
+    options = ("--model", "checkpoint", "--dtype", "float16", "--steps", "2", "--size", "64x64")
+    result = CliRunner().invoke(app, [*command, *options], env={"COLUMNS": "40"})
+    lines = result.stderr.splitlines()
+    assert lines[-1] == "Warning: the VAE overflowed in torch.float16; decoding again in float32."
+    assert len(set(lines)) == len(lines)
+    assert all(line.startswith("Warning: ") and ".py" not in line for line in lines), lines
+
+
+def test_a_command_is_quiet(checkpoint: str, here: Path) -> None:
+    """Another process: only the first import of the libraries talks."""
+    script = str(Path(sys.executable).with_name("allaprima"))
+    command = [script, "explain", "a cat", "--model", checkpoint, "--size", "64x64"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stderr.strip() == ""
+    assert "captures" in done.stdout
 
 
 def test_verify_and_explain(checkpoint: str, here: Path) -> None:

@@ -35,7 +35,7 @@ ORDER = (
     ("record",),
     ("graph",),
     ("ops",),
-    ("environment", "fingerprint", "infotext", "models", "config", "numerics", "schedulers"),
+    ("environment", "fingerprint", "infotext", "models", "notices", "config", "numerics", "schedulers"),
     ("errors",),
 )
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names}

@@ -11,6 +11,7 @@ import typer
 
 from . import __version__
 from .errors import AdapterError, AllaprimaError, ConfigError, InputError, ModelError
+from .notices import one_line_warnings, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,11 +55,12 @@ def _show_version(asked: bool) -> None:
 
 
 class Commands(typer.core.TyperGroup):
-    """Shows our own errors as one message instead of a traceback."""
+    """Shows our own errors as one message instead of a traceback, and warnings as one line each."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with one_line_warnings():
+                return super().invoke(ctx)
         except AllaprimaError as error:
             if ctx.params.get("debug"):
                 raise
@@ -331,8 +333,6 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def _load(model: str, dtype: Dtype, scheduler: str | None, adapters: Adapters, optimized: bool) -> Any:
-    from .generation import quiet_libraries
-
     quiet_libraries()  # before what follows imports them
     from .pipelines import load, optimize, set_scheduler
 
@@ -367,7 +367,8 @@ def _draw_and_save(pipe: Any, request: Request, model: str, optimized: bool, out
 
     settings = settle(request, pipe, model)
     drawn: list[Drawn] = []
-    with Progress(console=_err(), transient=True) as progress:
+    console = _err()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(_title(request, settings), total=request.num_images)
         pictures = draw(
             pipe,

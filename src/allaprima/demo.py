@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .generation import Picture, Request, draw, quiet_libraries, settle
+from .generation import Picture, Request, draw, settle
+from .notices import one_line_warnings, quiet_libraries
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -253,7 +254,8 @@ A real Stable Diffusion checkpoint, a diffusers folder or a .safetensors file:
 
 def main() -> None:
     """`python -m allaprima.demo`"""
-    sys.exit(demo(Path("outputs/demo.png")))
+    with one_line_warnings():
+        sys.exit(demo(Path("outputs/demo.png")))
 
 
 if __name__ == "__main__":

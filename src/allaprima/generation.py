@@ -400,16 +400,6 @@ def _check_range(name: str, value: float | None, low: float, high: float = float
         raise InputError(f"{name} is {value}; allowed is {allowed}.")
 
 
-def quiet_libraries() -> None:
-    """Keep diffusers' and transformers' advice to programmers, and their bars, off the terminal."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    for log in (diffusers_log, transformers_log):
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-
-
 @contextmanager
 def _memory_errors(settings: Settings, batch: int) -> Iterator[None]:
     """Turn the many ways in which memory runs out into one error that says what to do."""

@@ -19,21 +19,24 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-)
 from torch import nn
 
 from . import profiles
 from .config import Config
 from .engine import Engine, Profile
 from .errors import AllaprimaError, ConfigError, InputError, SchedulerError, SizeError
+from .notices import quiet_import
 from .numerics import NumericsGuard
 from .schedulers import SCHEDULERS, set_scheduler
 from .weights.checkpoints import load
+
+with quiet_import():
+    from diffusers import (
+        DiffusionPipeline,
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionPipeline,
+    )
 
 __all__ = [
     "SCHEDULERS", "Optimized", "as_task", "eager", "engines", "load", "optimize", "rebind", "restore", "set_scheduler",

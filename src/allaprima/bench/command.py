@@ -125,7 +125,7 @@ def run(options: Options) -> None:
     import torch
     from rich.console import Console
 
-    from ..generation import quiet_libraries
+    from ..notices import quiet_libraries
     from .report import compact, records, write_lines
     from .workloads import subject
 

@@ -2,7 +2,9 @@
 
 import typer
 
+from ..notices import one_line_warnings
 from .command import command
 
 if __name__ == "__main__":
-    typer.run(command)
+    with one_line_warnings():
+        typer.run(command)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from ..environment import environment
-from ..generation import parse_size, quiet_libraries
+from ..generation import parse_size
+from ..notices import quiet_libraries
 from ..pipelines import load, optimize
 from .drawing import TASKS, prompts_for
 from .report import Report, parent_made, write_json

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, ConfigError, UnknownModelError
 from ..models import EMBEDDED, load_embedded
+from ..notices import quiet_import
+
+with quiet_import():
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32,
