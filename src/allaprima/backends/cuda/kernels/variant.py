@@ -33,6 +33,7 @@ class Variant:
     arguments  its arguments in order, without constants: a dtype for a pointer to such numbers, an int or a float for
                a number (only its type counts)
     constants  the tl.constexpr arguments
+    registers  the most that a thread may use, so that more programs fit one multiprocessor; None: no limit
     """
 
     kernel: Any
@@ -40,6 +41,7 @@ class Variant:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    registers: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "constants", MappingProxyType(dict(self.constants)))
@@ -48,13 +50,18 @@ class Variant:
     def name(self) -> str:
         given = " ".join(f"{k}={v}" for k, v in self.constants.items())
         types = ",".join(_TYPES[a] for a in self.arguments if isinstance(a, torch.dtype))
-        return f"{self.kernel.__name__}({types}) {given} warps={self.num_warps} stages={self.num_stages}"
+        limit = "" if self.registers is None else f" registers={self.registers}"
+        return f"{self.kernel.__name__}({types}) {given} warps={self.num_warps} stages={self.num_stages}{limit}"
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch, beside the constants."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     def warm_up(self) -> None:
         """Compile for the GPU at hand into Triton's cache, without launching."""
-        self.kernel.warmup(
-            *self.arguments, grid=(1,), num_warps=self.num_warps, num_stages=self.num_stages, **self.constants
-        )
+        self.kernel.warmup(*self.arguments, grid=(1,), **self.options, **self.constants)
 
     def compile_for(self, arch: int) -> Any:
         """Compile for compute capability `arch` / 10; needs no GPU.  returns Triton's CompiledKernel"""
@@ -71,8 +78,7 @@ class Variant:
         }
         constants = dict(self.constants)
         source = ASTSource(self.kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
 
 
 def _type(argument: torch.dtype | int | float) -> str:

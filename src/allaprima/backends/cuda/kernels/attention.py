@@ -1,0 +1,611 @@
+"""Attention that never writes its scores: softmax(scale·q·kᵀ)·v, block by block of keys.
+
+One kernel serves every size of head up to 512 channels.  Tensor-core tiles have widths that are powers of two, so that
+a head of 40 channels is computed as 32 + 16 (two products into one score, two accumulators) or padded to 64; 80 as
+64 + 16, 160 as 128 + 32.  With heads this small the exponentials and the instructions around them cost as much as the
+products; most of what is unusual below saves an instruction for each score.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# Arguments of kernels are Triton's: Python never sees them.
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ....errors import InputError
+from ..device import Device
+from .strides import alignment_reason
+from .variant import Variant
+
+LAUNCH_US = 2.5
+_LOG2_E = 1.4426950408889634
+_INT32 = 2**31 - 1
+
+
+# ------------------------------------------------------------------------------------------------------------ kernel
+@triton.jit
+def _load_keys(row, offsets_1, offsets_2, live, inside_1, inside_2, SECOND: tl.constexpr, TAIL: tl.constexpr):
+    """The two parts of a tile of rows of k or v.  TAIL: only rows `live` exist.
+
+    A first part that has a second is always full, and an address without a mask saves instructions.
+    """
+    if SECOND:
+        if TAIL:
+            part_1 = tl.load(row + offsets_1, mask=live, other=0.0)
+        else:
+            part_1 = tl.load(row + offsets_1)
+        part_2 = tl.load(row + offsets_2, mask=live & inside_2, other=0.0)
+    else:
+        part_1 = tl.load(row + offsets_1, mask=live & inside_1, other=0.0)
+        part_2 = part_1
+    return part_1, part_2
+
+
+@triton.jit
+def _load_values(
+    row, ones, offsets_1, offsets_2, ones_offsets, live, inside_1, inside_2,
+    SECOND: tl.constexpr, ONES: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The same for v.  ONES: the padded columns read 1 0 0 … from memory, which is loaded with the others anyway."""
+    if not ONES:
+        part_1, part_2 = _load_keys(row, offsets_1, offsets_2, live, inside_1, inside_2, SECOND, TAIL)
+    elif SECOND:
+        pointers = tl.where(inside_2, row + offsets_2, ones + ones_offsets)
+        if TAIL:
+            part_1 = tl.load(row + offsets_1, mask=live, other=0.0)
+            part_2 = tl.load(pointers, mask=live, other=0.0)
+        else:
+            part_1 = tl.load(row + offsets_1)
+            part_2 = tl.load(pointers)
+    else:
+        pointers = tl.where(inside_1, row + offsets_1, ones + ones_offsets)
+        if TAIL:
+            part_1 = tl.load(pointers, mask=live, other=0.0)
+        else:
+            part_1 = tl.load(pointers)
+        part_2 = part_1
+    return part_1, part_2
+
+
+@triton.jit
+def _scores(q_1, q_2, k_1, k_2, SECOND: tl.constexpr):
+    s = tl.dot(q_1, tl.trans(k_1), input_precision="ieee")
+    if SECOND:
+        s = tl.dot(q_2, tl.trans(k_2), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _shrink(top, m, total, acc_1, acc_2, SECOND: tl.constexpr, ONES: tl.constexpr):
+    """What was summed relative to 2^m, relative to 2^top."""
+    factor = tl.exp2(m - top)
+    acc_1 = acc_1 * factor[:, None]
+    if SECOND:
+        acc_2 = acc_2 * factor[:, None]
+    if not ONES:
+        total = total * factor
+    return total, acc_1, acc_2
+
+
+@triton.jit
+def _add_block(
+    s, v_1, v_2, m, total, acc_1, acc_2, factor, SECOND: tl.constexpr, ONES: tl.constexpr, LAZY: tl.constexpr
+):
+    """One more block of keys: its scores s and values v.
+
+    m       [ROWS] the exponent that all is relative to: in units of log2, the largest scaled score so far, or with LAZY
+            at most 8 less, since a half holds 2^8 as well as 1
+    total   [ROWS] the sum of the weights, without ONES
+    acc     [ROWS, …] the weighted values
+    """
+    top = tl.maximum(m, tl.max(s, 1) * factor)
+    if LAZY:
+        if tl.max(top - m, 0) > 8.0:
+            total, acc_1, acc_2 = _shrink(top, m, total, acc_1, acc_2, SECOND, ONES)
+            m = top
+    else:
+        total, acc_1, acc_2 = _shrink(top, m, total, acc_1, acc_2, SECOND, ONES)
+        m = top
+    # Scaling inside of the exponent is one fused multiply-add, and leaves q unrounded.
+    p = tl.exp2(s * factor - m[:, None])
+    if not ONES:
+        total += tl.sum(p, 1)
+    p = p.to(v_1.dtype)
+    acc_1 = tl.dot(p, v_1, acc_1, input_precision="ieee")
+    if SECOND:
+        acc_2 = tl.dot(p, v_2, acc_2, input_precision="ieee")
+    return m, total, acc_1, acc_2
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows", "num_keys", "num_heads", "num_c8", "q_batch", "q_row", "q_head",
+        "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "factor",
+    ]
+)  # fmt: skip
+def flash(
+    q, k, v, ones, out, num_rows, num_keys, num_heads, num_c8,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, factor,
+    K_1: tl.constexpr, K_2: tl.constexpr, V_1: tl.constexpr, V_2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, SINGLE: tl.constexpr, ONES: tl.constexpr, LAZY: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """out[b, n, h] = Σₘ softmaxₘ(factor·ln2·q[b, n, h]·k[b, m, h])·v[b, m, h].
+
+    num_c8 and the strides are counted in units of 8 elements: multiplying them here is what proves to the compiler that
+    eight elements share one mask and one 16-byte address.
+
+    K_1, K_2   widths of the two parts of q and k; K_2 0: one part, padded
+    V_1, V_2   widths of the two parts of v; V_2 0: one part, of which each program of axis 2 makes its own columns
+    SINGLE     all keys fit one block: no loop, no running maximum
+    ONES       the first padded column of v reads 1, so that the product with v also sums the weights
+    LAZY       what was summed is rescaled only when the largest score has grown by more than 2^8
+    AHEAD      the scores of the next block are computed before the weights of this one
+    """
+    channels = num_c8 * 8
+    first_row = tl.program_id(0) * ROWS
+    batch = (tl.program_id(1) // num_heads).to(tl.int64)
+    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    rows = first_row + tl.arange(0, ROWS)
+    keys = tl.arange(0, KEYS)
+    c_k1 = tl.arange(0, K_1)
+    c_k2 = K_1 + tl.arange(0, K_2 if K_2 else 16)
+    c_v1 = tl.program_id(2) * V_1 + tl.arange(0, V_1)
+    c_v2 = V_1 + tl.arange(0, V_2 if V_2 else 16)
+    in_k1 = (c_k1 < channels)[None, :]
+    in_k2 = (c_k2 < channels)[None, :]
+    in_v1 = (c_v1 < channels)[None, :]
+    in_v2 = (c_v2 < channels)[None, :]
+
+    q_rows = q + (batch * q_batch + head * q_head) * 8 + (rows.to(tl.int64) * q_row * 8)[:, None]
+    in_rows = (rows < num_rows)[:, None]
+    q_1 = tl.load(q_rows + c_k1[None, :], mask=in_rows & in_k1, other=0.0)
+    q_2 = q_1
+    if K_2:
+        q_2 = tl.load(q_rows + c_k2[None, :], mask=in_rows & in_k2, other=0.0)
+
+    # Within a block 32-bit offsets; across blocks, heads and batch 64-bit ones.
+    k += (batch * k_batch + head * k_head) * 8
+    v += (batch * v_batch + head * v_head) * 8
+    k_step = k_row.to(tl.int64) * 8
+    v_step = v_row.to(tl.int64) * 8
+    k_1 = (keys * k_row * 8)[:, None] + c_k1[None, :]
+    k_2 = (keys * k_row * 8)[:, None] + c_k2[None, :]
+    v_1 = (keys * v_row * 8)[:, None] + c_v1[None, :]
+    v_2 = (keys * v_row * 8)[:, None] + c_v2[None, :]
+    # Where the columns beyond the last one read 1 0 0 …
+    if V_2:
+        o = (c_v2 - channels)[None, :]
+    else:
+        o = (c_v1 - channels)[None, :]
+
+    m = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc_1 = tl.zeros((ROWS, V_1), tl.float32)
+    acc_2 = tl.zeros((ROWS, V_2 if V_2 else 16), tl.float32)
+
+    if SINGLE:
+        live = keys < num_keys
+        t_1, t_2 = _load_keys(k, k_1, k_2, live[:, None], in_k1, in_k2, K_2, True)
+        u_1, u_2 = _load_keys(v, v_1, v_2, live[:, None], in_v1, in_v2, V_2, True)
+        s = _scores(q_1, q_2, t_1, t_2, K_2)
+        if CAUSAL:
+            s = tl.where(live[None, :] & (keys[None, :] <= rows[:, None]), s, -float("inf"))
+        else:
+            s = tl.where(live[None, :], s, -float("inf"))
+        p = tl.exp2(s * factor - (tl.max(s, 1) * factor)[:, None])
+        total = tl.sum(p, 1)
+        p = p.to(u_1.dtype)
+        acc_1 = tl.dot(p, u_1, input_precision="ieee")
+        if V_2:
+            acc_2 = tl.dot(p, u_2, input_precision="ieee")
+    elif AHEAD:
+        last = (num_keys - 1) // KEYS * KEYS
+        live = keys < num_keys
+        t_1, t_2 = _load_keys(k, k_1, k_2, live[:, None], in_k1, in_k2, K_2, True)
+        s = _scores(q_1, q_2, t_1, t_2, K_2)
+        for start in tl.range(0, last, KEYS):
+            after = start + KEYS
+            live = after + keys < num_keys
+            t_1, t_2 = _load_keys(k + after * k_step, k_1, k_2, live[:, None], in_k1, in_k2, K_2, True)
+            next_s = _scores(q_1, q_2, t_1, t_2, K_2)
+            u_1, u_2 = _load_values(v + start * v_step, ones, v_1, v_2, o, True, in_v1, in_v2, V_2, ONES, False)
+            m, total, acc_1, acc_2 = _add_block(s, u_1, u_2, m, total, acc_1, acc_2, factor, V_2, ONES, LAZY)
+            s = next_s
+        live = last + keys < num_keys
+        u_1, u_2 = _load_values(v + last * v_step, ones, v_1, v_2, o, live[:, None], in_v1, in_v2, V_2, ONES, True)
+        s = tl.where(live[None, :], s, -float("inf"))
+        m, total, acc_1, acc_2 = _add_block(s, u_1, u_2, m, total, acc_1, acc_2, factor, V_2, ONES, False)
+    else:
+        # Blocks before `whole` need no mask; some row looks at those before `last`.
+        last = num_keys
+        whole = num_keys // KEYS * KEYS
+        if CAUSAL:
+            last = tl.minimum(num_keys, first_row + ROWS)
+            whole = tl.minimum(num_keys, first_row + 1) // KEYS * KEYS
+        for start in tl.range(0, whole, KEYS):
+            t_1, t_2 = _load_keys(k + start * k_step, k_1, k_2, True, in_k1, in_k2, K_2, False)
+            s = _scores(q_1, q_2, t_1, t_2, K_2)
+            u_1, u_2 = _load_values(v + start * v_step, ones, v_1, v_2, o, True, in_v1, in_v2, V_2, ONES, False)
+            m, total, acc_1, acc_2 = _add_block(s, u_1, u_2, m, total, acc_1, acc_2, factor, V_2, ONES, LAZY)
+        for start in tl.range(whole, last, KEYS, num_stages=1):
+            live = start + keys < num_keys
+            t_1, t_2 = _load_keys(k + start * k_step, k_1, k_2, live[:, None], in_k1, in_k2, K_2, True)
+            u_1, u_2 = _load_values(v + start * v_step, ones, v_1, v_2, o, live[:, None], in_v1, in_v2, V_2, ONES, True)
+            s = _scores(q_1, q_2, t_1, t_2, K_2)
+            if CAUSAL:
+                s = tl.where(live[None, :] & ((start + keys)[None, :] <= rows[:, None]), s, -float("inf"))
+            else:
+                s = tl.where(live[None, :], s, -float("inf"))
+            m, total, acc_1, acc_2 = _add_block(s, u_1, u_2, m, total, acc_1, acc_2, factor, V_2, ONES, False)
+
+    if ONES and not SINGLE:
+        if V_2:
+            total = tl.sum(tl.where((c_v2 == channels)[None, :], acc_2, 0.0), 1)
+        else:
+            total = tl.sum(tl.where((c_v1 == channels)[None, :], acc_1, 0.0), 1)
+    weight = (1.0 / total)[:, None]
+    to = out + ((batch * num_rows + rows) * num_heads + head)[:, None] * channels
+    tl.store(to + c_v1[None, :], (acc_1 * weight).to(out.dtype.element_ty), mask=in_rows & in_v1)
+    if V_2:
+        tl.store(to + c_v2[None, :], (acc_2 * weight).to(out.dtype.element_ty), mask=in_rows & in_v2)
+
+
+# ------------------------------------------------------------------------------------------------- launch parameters
+@dataclass(frozen=True)
+class Blocks:
+    """One program makes `rows` rows of one head, `keys` keys at a time.
+
+    split_k   q·k in two products of widths that are powers of two (80 = 64 + 16), else one, padded (80 in 128)
+    split_v   p·v likewise
+    columns   columns of v that one program makes; 0: all
+    registers the most that a thread may use, so that more programs share a multiprocessor; 0: no limit
+    single, ones, lazy, ahead   see `flash`
+    """
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    split_k: bool = False
+    split_v: bool = False
+    columns: int = 0
+    registers: int = 0
+    single: bool = False
+    ones: bool = False
+    lazy: bool = False
+    ahead: bool = False
+
+    def widths(self, head: int) -> tuple[int, int, int, int]:
+        """K_1, K_2, V_1, V_2 for heads of the class `head`."""
+        values = (self.columns, 0) if self.columns else _parts(head, self.split_v)
+        return *_parts(head, self.split_k), *values
+
+    def shared_bytes(self, head: int, itemsize: int) -> int:
+        """Shared memory of q and the pipeline of k and v."""
+        k1, k2, v1, v2 = self.widths(head)
+        stages = 1 if self.single else self.num_stages
+        numbers = self.rows * (k1 + k2) + stages * self.keys * (k1 + k2 + v1 + v2)
+        return (numbers + self.ahead * self.keys * (k1 + k2)) * itemsize
+
+
+HEADS = (32, 40, 64, 80, 128, 160, 256, 512)
+"""Classes of heads: one of d channels, a multiple of 8, runs in the first class that is not smaller."""
+
+
+def head_class(channels: int) -> int:
+    return next(h for h in HEADS if h >= channels)
+
+
+def _parts(head: int, split: bool) -> tuple[int, int]:
+    """Two widths that hold a head, or one: powers of two, at least 16."""
+    padded = 1 << (head - 1).bit_length()
+    first, rest = padded // 2, head - padded // 2
+    if split and 2 * rest <= first:
+        return first, max(16, 1 << (rest - 1).bit_length())
+    return padded, 0
+
+
+_SINGLE = (Blocks(64, 64, 4, 1, single=True), Blocks(64, 128, 4, 1, single=True), Blocks(128, 128, 8, 1, single=True))
+_BOTH = dict(split_k=True, split_v=True)
+_SINGLE_SPLIT = tuple(replace(b, **_BOTH) for b in _SINGLE)
+
+HALF_BLOCKS: dict[int, tuple[Blocks, ...]] = {
+    32: (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), *_SINGLE),
+    40: (
+        Blocks(128, 64, 8, 3, split_v=True, ones=True, registers=128),
+        Blocks(64, 64, 4, 3, split_v=True, ones=True, registers=128),
+        Blocks(128, 64, 4, 3, split_v=True, ones=True),
+        *_SINGLE_SPLIT,
+    ),
+    64: (Blocks(128, 64, 8, 3, registers=128), Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 3), *_SINGLE),
+    80: (Blocks(128, 64, 8, 3, registers=128, **_BOTH), Blocks(64, 64, 4, 2, **_BOTH), *_SINGLE_SPLIT),
+    128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), *_SINGLE),
+    160: (
+        Blocks(128, 64, 8, 2, **_BOTH),
+        Blocks(64, 64, 4, 2, **_BOTH),
+        Blocks(64, 32, 4, 2, **_BOTH),
+        *_SINGLE_SPLIT[:2],
+    ),
+    256: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2, columns=128)),
+    512: (Blocks(128, 32, 8, 2, columns=128), Blocks(128, 16, 8, 3, columns=256), Blocks(32, 32, 4, 1, columns=128)),
+}
+"""What is compiled for f16 and bf16, by class of head."""
+
+ALTERNATIVES: dict[int, tuple[Blocks, ...]] = {
+    40: (
+        Blocks(128, 64, 8, 3, split_v=True, ones=True, ahead=True, registers=128),
+        Blocks(64, 64, 4, 3, split_v=True, ones=True, ahead=True, registers=128),
+        Blocks(64, 64, 4, 3, split_v=True, ones=True, lazy=True, registers=128),
+        Blocks(64, 64, 4, 3, ones=True, registers=128),
+        Blocks(64, 64, 4, 3, split_v=True, registers=128),
+        Blocks(128, 64, 4, 3, ones=True, **_BOTH),
+        Blocks(128, 64, 4, 3, **_BOTH),
+        Blocks(128, 128, 8, 2, split_v=True, ones=True),
+        Blocks(64, 128, 4, 2, split_v=True, ones=True),
+        Blocks(64, 64, 4, 2, split_v=True, ones=True, registers=128),
+    ),
+    64: (Blocks(128, 64, 8, 3, ahead=True), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2, lazy=True, registers=128)),
+    80: (
+        Blocks(128, 64, 8, 2, split_v=True, registers=128),
+        Blocks(128, 64, 8, 2, split_v=True, ahead=True),
+        Blocks(128, 64, 8, 2, ones=True),
+        Blocks(64, 64, 4, 2, split_v=True),
+    ),
+    160: (Blocks(128, 64, 8, 2, split_v=True), Blocks(128, 32, 8, 3, **_BOTH)),
+    512: (Blocks(64, 32, 4, 2, columns=256), Blocks(64, 16, 4, 2, columns=128)),
+}
+"""Further forms that the call takes when asked, to be timed against these."""
+
+FLOAT_BLOCKS = Blocks(32, 32, 4, 2)
+"""For f32, which runs on the ordinary units: right, not fast."""
+
+MAX_FLOAT_HEAD = 160
+
+
+def blocks_of(dtype: torch.dtype, head: int) -> tuple[Blocks, ...]:
+    """The forms that are compiled for a class of heads."""
+    if dtype != torch.float32:
+        return HALF_BLOCKS[head]
+    return (FLOAT_BLOCKS,) if head <= MAX_FLOAT_HEAD else ()
+
+
+@functools.cache
+def _form(dtype: torch.dtype, head: int, blocks: Blocks, causal: bool) -> Variant:
+    k1, k2, v1, v2 = blocks.widths(head)
+    constants = dict(K_1=k1, K_2=k2, V_1=v1, V_2=v2, ROWS=blocks.rows, KEYS=blocks.keys)
+    flags = dict(CAUSAL=causal, SINGLE=blocks.single, ONES=blocks.ones, LAZY=blocks.lazy, AHEAD=blocks.ahead)
+    arguments = (dtype,) * 5 + (1,) * 13 + (1.0,)
+    limit = blocks.registers or None
+    return Variant(flash, arguments, constants | flags, blocks.num_warps, blocks.num_stages, limit)
+
+
+def variants(dtype: torch.dtype, heads: tuple[int, ...] = HEADS, alternatives: bool = False) -> Iterator[Variant]:
+    """Every form that `attention` launches with tensors of `dtype` and parameters among `candidates`."""
+    for head in heads:
+        more = ALTERNATIVES.get(head, ()) if alternatives and dtype != torch.float32 else ()
+        for blocks in (*blocks_of(dtype, head), *more):
+            for causal in (False, True):
+                if not (causal and blocks.ahead):
+                    yield _form(dtype, head, blocks, causal)
+
+
+# ---------------------------------------------------------------------------------------------------------- the call
+def supports(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+) -> str | None:
+    """Why the kernel cannot take this call; None if it can."""
+    if mask is not None:
+        return "masks other than the causal one are not supported"
+    if scale is not None and not scale > 0:
+        return f"scale {scale} is not positive"
+    if any(t.dim() != 4 for t in (q, k, v)) or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
+        return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} are not [B, N, H, D] and twice [B, M, H, D]"
+    if q.shape[3] != k.shape[3]:
+        return f"{q.shape[3]} channels in q, {k.shape[3]} in k"
+    return _supports_sizes(q.shape, k.shape[1], q.dtype) or _supports_layout(q, k, v)
+
+
+def _supports_sizes(shape: torch.Size, num_keys: int, dtype: torch.dtype) -> str | None:
+    batch, num_rows, heads, channels = shape
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{dtype} is not f16, bf16 or f32"
+    largest = MAX_FLOAT_HEAD if dtype == torch.float32 else HEADS[-1]
+    if channels % 8 or not 0 < channels <= largest:
+        return f"heads of {channels} channels: not a multiple of 8 up to {largest}"
+    if num_keys == 0 or batch * heads > 65535 or max(num_rows, num_keys) > _INT32 - 1024:
+        return f"{num_keys} keys, {batch} × {heads} heads of {num_rows} rows are beyond the grid"
+    return None
+
+
+def _supports_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dtype != q.dtype or t.device != q.device:
+            return f"{name} is {t.dtype} on {t.device}, q is {q.dtype} on {q.device}"
+        if t.stride(3) != 1:
+            return f"the channels of {name} are not dense"
+        if any(s % 8 or s < 0 or s >> 3 > _INT32 for s in _strides(t)) or t.stride(1) >= 1 << 24:
+            return f"strides {t.stride()} of {name} are not multiples of 8 within the bounds of 32 bits"
+    return alignment_reason(q=q, k=k, v=v)
+
+
+def _strides(t: torch.Tensor) -> tuple[int, int, int]:
+    """Elements between batches, rows and heads; 0 where there is one only, whose stride may be anything."""
+    b, n, h = (s if size > 1 else 0 for s, size in zip(t.stride(), t.shape[:3], strict=False))
+    return b, n, h
+
+
+_ONES: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+
+def _ones(like: torch.Tensor) -> torch.Tensor:
+    """1 0 0 0 0 0 0 0 and more zeros: what padded columns of v read.
+
+    It is made once a device, unless a CUDA graph is being captured: memory of a graph holds nothing before a replay.
+    """
+    key = (like.device, like.dtype)
+    found = _ONES.get(key)
+    if found is None:
+        found = torch.zeros(HEADS[-1], dtype=like.dtype, device=like.device)
+        found[:1].fill_(1)
+        if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _ONES[key] = found
+    return found
+
+
+class Launch(NamedTuple):
+    """One kernel in its compiled form, the number of programs, and what it is given."""
+
+    variant: Variant
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+    def run(self) -> None:
+        form = self.variant
+        form.kernel[self.grid](*self.arguments, **form.constants, **form.options)
+
+
+def launch_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    scale: float | None = None,
+    causal: bool = False,
+    *,
+    parameters: Blocks,
+) -> Launch:
+    """What makes `out` from tensors that `supports` takes."""
+    batch, num_rows, heads, channels = q.shape
+    head, num_keys = head_class(channels), k.shape[1]
+    if parameters.single and num_keys > parameters.keys:
+        raise InputError(f"{num_keys} keys do not fit one block of {parameters.keys}; choose among `candidates`")
+    if causal and parameters.ahead:
+        raise InputError("scores cannot be computed ahead under a causal mask; choose among `candidates`")
+    if parameters.ones and channels >= sum(parameters.widths(head)[2:]):
+        raise InputError(f"{channels} channels leave no column for the ones; choose among `candidates`")
+    variant = _form(q.dtype, head, parameters, causal)
+    programs = -(-channels // parameters.columns) if parameters.columns else 1
+    grid = (-(-num_rows // parameters.rows), batch * heads, programs)
+    factor = (channels**-0.5 if scale is None else float(scale)) * _LOG2_E
+    strides = (s // 8 for t in (q, k, v) for s in _strides(t))
+    ones = _ones(q) if parameters.ones else q
+    return Launch(variant, grid, (q, k, v, ones, out, num_rows, num_keys, heads, channels // 8, *strides, factor))
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    *,
+    parameters: Blocks,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(scale·q·kᵀ)·v for each head, heads and channels where the projections left them.
+
+    q           [B, N, H, D] f16 | bf16 | f32; channels dense, other strides multiples of 8
+    k, v        [B, M, H, D], dtype and layout of q
+    mask        None
+    scale       factor of the scores, positive; None: 1/√D
+    causal      row n sees columns up to n
+    parameters  one of `candidates`
+    out         [B, N, H, D] contiguous, written; None: a new one
+    returns     [B, N, H, D] contiguous, dtype of q; softmax in f32
+    cost        2·B·H·N·M·2·D FLOPs and B·H·N·M exponentials; reads q once, k and v once for each block of rows
+    raises      InputError where `supports` gives a reason
+    source      Dao 2023, arXiv:2307.08691; the lazy rescaling: FlashAttention-4, arXiv:2603.05451
+    """
+    if (reason := supports(q, k, v, mask, scale, causal)) is not None:
+        raise InputError(f"attention: {reason}. Take another candidate.")
+    if out is None:
+        out = q.new_empty(q.shape)
+    elif out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous() or out.data_ptr() % 16:
+        raise InputError(f"out {list(out.shape)} {out.dtype} is not contiguous {list(q.shape)} {q.dtype}")
+    if out.numel():
+        launch_of(q, k, v, out, scale, causal, parameters=parameters).run()
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------- the choice
+def candidates(
+    num_rows: int, num_keys: int, channels: int, dtype: torch.dtype, device: Device, *, causal: bool = False
+) -> list[Blocks]:
+    """Forms worth comparing: those that fit the shared memory, a single block wherever all keys fit one."""
+    head = head_class(channels)
+    fit = [b for b in blocks_of(dtype, head) if b.shared_bytes(head, dtype.itemsize) <= device.shared_bytes]
+    fit = [b for b in fit if not (causal and b.ahead)]
+    single = [b for b in fit if b.single and num_keys <= b.keys]
+    return single or [b for b in fit if not b.single]
+
+
+def estimate_us(
+    batch: int,
+    num_rows: int,
+    num_keys: int,
+    heads: int,
+    channels: int,
+    itemsize: int,
+    parameters: Blocks,
+    device: Device,
+    *,
+    causal: bool = False,
+) -> float:
+    """Time of one call in µs: that of the busiest multiprocessor, never less than the caches and the memory need.
+
+    A multiprocessor's programs mostly take turns, so that products and softmax add up; exponentials (16 in a clock) and
+    the other instructions (128 lanes in a clock) overlap by about a third, as measured on an H100 with 40 channels.
+    """
+    p, head = parameters, head_class(channels)
+    k1, k2, v1, v2 = p.widths(head)
+    programs = -(-num_rows // p.rows) * batch * heads * (-(-channels // p.columns) if p.columns else 1)
+    steps = -(-num_keys // p.keys) * (0.5 if causal else 1.0) + (0.5 if causal else 0.0)
+    scores = p.rows * p.keys * steps
+
+    clock = _clock_hz(device)
+    rate = (device.float_tflops if itemsize == 4 else device.half_tflops) * 1e12 / device.num_sms
+    products = 2 * scores * (k1 + k2 + v1 + v2) / rate
+    softmax = 0.7 * scores * (1 / 16 + _instructions(p, v1 + v2) / 128) / clock
+    turns = -(-programs // device.num_sms)
+    rounds = -(-programs // (device.num_sms * _resident(p, head, itemsize, device)))
+    # Alone, a program waits for each of its steps: load, product, exponentials, product.
+    busy = max(turns * (products + softmax), rounds * (steps * 700 + 2500) / clock)
+
+    read = programs * (num_keys * (channels + min(channels, v1 + v2)) + p.rows * channels) * itemsize
+    once = 2 * batch * heads * (num_rows + num_keys) * channels * itemsize
+    memory = device.l2_tbs if once < device.l2_bytes / 2 else device.memory_tbs
+    return LAUNCH_US + 1e6 * max(busy, read / (device.l2_tbs * 1e12), once / (memory * 1e12))
+
+
+def _clock_hz(device: Device) -> float:
+    lanes = 64 if device.arch == 80 else 128
+    return device.float_tflops * 1e12 / (2 * lanes * device.num_sms) / 0.85
+
+
+def _instructions(p: Blocks, values: int) -> float:
+    """Instructions for each score: counted in the machine code for sm_90."""
+    around = 110 * 32 * p.num_warps / (p.rows * p.keys)
+    rescale = 0.0 if p.single or p.lazy else values / p.keys
+    return 4.4 + around + rescale + (0.0 if p.ones else 1.2) + (1.3 if p.ahead else 0.0) + (0.5 if p.lazy else 0.0)
+
+
+def _resident(p: Blocks, head: int, itemsize: int, device: Device) -> int:
+    """Programs that fit one multiprocessor at once."""
+    _, _, v1, v2 = p.widths(head)
+    threads = 32 * p.num_warps
+    registers = min(p.registers or 255, 50 + p.rows * (p.keys * (2.5 if p.ahead else 1.5) + v1 + v2) / threads)
+    by_shared = (device.shared_bytes + 1024) // (p.shared_bytes(head, itemsize) + 1024)
+    return max(1, min(int(65536 / (registers * threads)), by_shared))
