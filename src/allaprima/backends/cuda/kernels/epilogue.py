@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,7 @@ def finish_kernel(
 _BLOCK_M, _BLOCK_N, _WARPS = 16, 64, 4
 
 
+@functools.cache
 def _finish_variant(parts: torch.dtype, dtype: torch.dtype) -> Variant:
     sizes = (1,) * 8
     constants = {"BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N}

@@ -10,6 +10,7 @@ a patch with a border, which its neighbours compute again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -149,26 +150,29 @@ class Patch:
     rows: int
     columns: int
     warps: int
+    stages: int
 
     @property
     def name(self) -> str:
-        return f"patch {self.rows}x{self.columns} warps={self.warps}"
+        return f"patch {self.rows}x{self.columns} warps={self.warps} stages={self.stages}"
 
 
 FLATS = (Flat(64, 64, 4), Flat(32, 128, 4))
-PATCHES = (Patch(16, 16, 8), Patch(8, 16, 4))
+PATCHES = (Patch(16, 16, 8, 2), Patch(8, 16, 4, 3))
 MAX_FLAT_CHANNELS = 16
 """From here on whole tiles of channels are worth more than the padding of the axis."""
 
 
+@functools.cache
 def _flat_variant(dtype: torch.dtype, flat: Flat, align: int) -> Variant:
     constants = {"ALIGN": align, "BLOCK_M": flat.m, "BLOCK_N": flat.n, "BLOCK_K": 64}
     return Variant(flat_kernel, (*(dtype,) * 5, *(1,) * 22), constants, flat.warps, 1)
 
 
+@functools.cache
 def _patch_variant(dtype: torch.dtype, patch: Patch) -> Variant:
     constants = {"ROWS": patch.rows, "COLUMNS": patch.columns, "BLOCK_K": 32 if dtype.itemsize == 4 else 64}
-    return Variant(patch_kernel, (*(dtype,) * 4, *(1,) * 11), constants, patch.warps, 3)
+    return Variant(patch_kernel, (*(dtype,) * 4, *(1,) * 11), constants, patch.warps, patch.stages)
 
 
 def variants(dtype: torch.dtype) -> Iterator[Variant]:

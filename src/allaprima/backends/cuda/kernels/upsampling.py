@@ -215,6 +215,6 @@ def estimate_us(shape: Shape, itemsize: int, parameters: Parameters, device: Dev
     flops = 2.0 * work.positions * work.phases * shape.outputs * shape.channels * work.taps
     weights = shape.outputs * shape.channels * (16 if parameters.folded else 9) * itemsize
     time = LAUNCH_US + library_us(flops, weights, itemsize, device)
-    # ATen writes the large picture, or reads and writes the phases once more.
+    # ATen writes the large picture; or it shuffles the phases and cuts what is outside, two more passes.
     passed = num_out if parameters.folded else num_out * shape.channels // shape.outputs
-    return time + finish_us(1, passed, itemsize, itemsize, False, device)
+    return time + (2 if parameters.folded else 1) * finish_us(1, passed, itemsize, itemsize, False, device)
