@@ -180,7 +180,7 @@ def test_small_gates_are_as_exact_as_eager(device: torch.device) -> None:
     hg = torch.cat([torch.ones_like(gates), gates])[None]
     truth = F.gelu(gates.double())
     error = (kernels.gate(hg)[0].double() - truth).abs()
-    assert (error <= (F.gelu(gates).double() - truth).abs() + 2e-3 * truth.abs() + 2e-7).all()
+    assert (error <= (F.gelu(gates).double() - truth).abs() + 2**-11 * truth.abs() + 2**-24).all()
 
 
 def addends(make: Maker) -> dict[str, torch.Tensor]:

@@ -34,12 +34,23 @@ _INT32 = 2**31 - 1
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 @triton.jit
-def _gelu(x, GEGLU: tl.constexpr):
+def _gelu(x, GEGLU: tl.constexpr, EXACT: tl.constexpr):
     if GEGLU == 2:
         # (1 + tanh(u)) / 2 = 1 - 1 / (1 + exp(2u)), which is 1 long before the exponential would overflow.
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x * (1.0 - 1.0 / (1.0 + tl.exp(tl.minimum(2.0 * u, 80.0))))
-    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    if EXACT:
+        return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    # x·Φ(x) by the tail Φ(-|x|) = polynomial(t)·exp(-x²/2) (Abramowitz & Stegun 7.1.26, absolute error below 1e-7).
+    # Two thirds of erf's instructions, in an epilogue that little else hides, and closer to the truth left of -3, where
+    # 1 + erf cancels.
+    size = tl.abs(x)
+    t = 1.0 / (1.0 + 0.23164188773 * size)
+    tail = 0.5307027145 * t - 0.7265760135
+    tail = tail * t + 0.7107068705
+    tail = tail * t - 0.142248368
+    tail = (tail * t + 0.1274147959) * t * tl.exp2(-0.7213475204444817 * x * x)
+    return tl.maximum(x, 0.0) - size * tail
 
 
 @triton.jit
@@ -146,7 +157,7 @@ def product(
         acc += tl.load(bias + feature, mask=(feature >= 0) & (has_bias != 0), other=0.0).to(tl.float32)[None, :]
         if GEGLU:
             h, g = tl.split(tl.reshape(acc, (BLOCK_M, WIDTH, 2)))
-            acc = h * _gelu(g, GEGLU)
+            acc = h * _gelu(g, GEGLU, out.dtype.element_ty == tl.float32)
         if ADDEND:
             pointers = _addend_pointers(
                 addend, rows, columns, inner, outer_stride, inner_stride, column_stride, ALIGN, ADDEND
@@ -187,7 +198,7 @@ def combine(
     acc += tl.load(bias + columns, mask=live_bias, other=0.0).to(tl.float32)[None, :]
     if GEGLU:
         gate += tl.load(bias + n + columns, mask=live_bias, other=0.0).to(tl.float32)[None, :]
-        acc *= _gelu(gate, GEGLU)
+        acc *= _gelu(gate, GEGLU, out.dtype.element_ty == tl.float32)
     if ADDEND:
         add_pointers = _addend_pointers(
             addend, rows, columns, inner, outer_stride, inner_stride, column_stride, ALIGN, ADDEND
@@ -724,7 +735,7 @@ def gate_launch(hg: torch.Tensor, approximate: str, out: torch.Tensor | None) ->
 # ------------------------------------------------------------------------------------------------------------ choice
 SHARED_TBS = 0.2  # of one SM: 128 bytes a clock
 START_US = 1.2  # of one round of programs: the first loads arrive, the last results leave
-GATE_FLOPS = 32  # instructions an element of gelu by erf, on the ordinary units
+GATE_FLOPS = 20  # instructions an element of the gate, on the ordinary units
 SPLITS = (1, 2, 3, 4, 6, 8)
 
 
