@@ -26,14 +26,17 @@ def test_a_figure_says_where_it_is_from() -> None:
 @pytest.mark.parametrize(
     ("program", "said"),
     [
-        ("/home/someone/venv/bin/allaprima", "allaprima --seed 1"),
-        ("/home/allaprima/src/allaprima/demo.py", "python -m allaprima.demo --seed 1"),
-        ("/home/someone/src/allaprima/verification/__main__.py", "python -m allaprima.verification --seed 1"),
-        ("/home/someone/src/allaprima/bench/memory.py", "python -m allaprima.bench.memory --seed 1"),
+        ("/home/someone/venv/bin/allaprima", "allaprima --scheduler 'Euler a'"),
+        ("/home/allaprima/src/allaprima/demo.py", "python -m allaprima.demo --scheduler 'Euler a'"),
+        (
+            "/home/someone/src/allaprima/verification/__main__.py",
+            "python -m allaprima.verification --scheduler 'Euler a'",
+        ),
+        ("/home/someone/src/allaprima/bench/memory.py", "python -m allaprima.bench.memory --scheduler 'Euler a'"),
     ],
 )
 def test_the_command_names_no_path_of_the_machine(monkeypatch: pytest.MonkeyPatch, program: str, said: str) -> None:
-    monkeypatch.setattr(sys, "argv", [program, "--seed", "1"])
+    monkeypatch.setattr(sys, "argv", [program, "--scheduler", "Euler a"])
     assert environment()["command"] == said
     assert str(Path.cwd()) not in json.dumps(environment())
 
