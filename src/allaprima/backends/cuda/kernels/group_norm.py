@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -313,10 +313,13 @@ class Split(Whole):
 
 
 WHOLE = (Whole(32, 4, 4), Whole(64, 4, 8), Whole(64, 8, 16), Whole(128, 4, 8), Whole(128, 8, 16))
-SPLIT = (Split(128, 4, 8), Split(128, 4, 8, programs=1056), Split(64, 4, 4, programs=528), Split(1024, 2, 16))
+SPLIT = (Split(128, 4, 8), Split(128, 4, 8, programs=1056), Split(64, 4, 4, programs=528), Split(1024, 2, 8))
 PARAMETERS: tuple[Whole, ...] = WHOLE + SPLIT
 """64 columns hold one group of 40 channels, two of 20 or four of 10; 128 hold 120 of SD1.5's and SDXL's channels, or
 all of a VAE's last level.  The widest is for groups of more than 128 channels."""
+
+GENERAL: tuple[Whole, ...] = (Whole(128, 1, 4), Split(128, 1, 4), Split(1024, 1, 8))
+"""What takes the place of these where channels or strides are no multiples of 8 elements: right, not fast."""
 
 
 class Launch(NamedTuple):
@@ -366,12 +369,13 @@ def _tile_form(dtype: torch.dtype, p: Split, align: int, two: bool, silu: bool) 
 def variants(dtype: torch.dtype) -> Iterator[Variant]:
     """Every form that the calls of this file launch with tensors of `dtype`."""
     forms = [_finish_form()]
-    for align in (ALIGN, 1):
-        for two, silu in MODES:
-            forms += [_whole_form(dtype, p, align, two, silu) for p in WHOLE]
-            forms += [_tile_form(dtype, p, align, two, silu) for p in SPLIT]
-        for two in (False, True):
-            forms += [_partial_form(dtype, p, align, two) for p in SPLIT]
+    for align, parameters in ((ALIGN, PARAMETERS), (1, GENERAL)):
+        for p in parameters:
+            for two, silu in MODES:
+                if isinstance(p, Split):
+                    forms += [_partial_form(dtype, p, align, two), _tile_form(dtype, p, align, two, silu)]
+                else:
+                    forms.append(_whole_form(dtype, p, align, two, silu))
     for number, form in enumerate(forms):
         if form not in forms[:number]:
             yield form
@@ -398,6 +402,7 @@ class _Work(NamedTuple):
     boundary: int
     align: int
     bundle: int  # groups in one program
+    parameters: Whole
 
 
 def _picture(name: str, x: torch.Tensor) -> _Picture | str:
@@ -447,6 +452,15 @@ def _count(width: int, groups: int, p: Whole, align: int) -> int:
     return min(p.cols // width, groups) // unit * unit
 
 
+def _general(parameters: Whole, width: int) -> Whole:
+    """What runs in place of `parameters` where nothing is a multiple of eight."""
+    alike = [p for p in GENERAL if isinstance(p, Split) == isinstance(parameters, Split)]
+    p = next((p for p in alike if p.cols >= width), alike[-1])
+    if isinstance(p, Split) and isinstance(parameters, Split):
+        return replace(p, programs=parameters.programs, merged=parameters.merged)
+    return p
+
+
 def _work(
     sources: Sequence[torch.Tensor],
     groups: int,
@@ -480,13 +494,15 @@ def _work(
     width = channels // groups
     aligned = all(s % ALIGN == 0 for s in (channels, x.shape[1], *strides))
     align = ALIGN if aligned and _count(width, groups, parameters, ALIGN) else 1
+    if align == 1:
+        parameters = _general(parameters, width)
     count = _count(width, groups, parameters, align)
     if not count:
         return f"groups of {width} channels do not fit {parameters.cols} columns"
     if align == 1 and max(strides) > _INT32:
         return f"strides {strides} are too large for rows that are no multiple of {ALIGN} elements"
     first, other, result = pictures
-    return _Work(x.shape[0], channels, groups, pixels, first, other, result, x.shape[1], align, count)
+    return _Work(x.shape[0], channels, groups, pixels, first, other, result, x.shape[1], align, count, parameters)
 
 
 def supports(
@@ -536,7 +552,7 @@ def launches_of(
     if isinstance(work, str):
         raise InputError(f"group_norm: {work}. Take another candidate.")
     x, second = sources[0], sources[-1]
-    two, a, width = len(sources) == 2, work.align, work.channels // groups
+    two, a, width, p = len(sources) == 2, work.align, work.channels // groups, work.parameters
     # Absent vectors are never read: any pointer of the right type will do.
     vectors = [x if v is None else v for v in (weight, bias, addend)]
     has = [int(v is not None) for v in (weight, bias, addend)]
@@ -546,11 +562,10 @@ def launches_of(
     strides = (*reading, work.out.image // a, *steps, work.out.step // a, extra)
     total, span = work.channels // a, work.bundle * width // a
     spans = -(-total // span)
-    if not isinstance(parameters, Split):
+    if not isinstance(p, Split):
         arguments = (x, second, *vectors, out, *strides, *has, work.pixels, total, span, width, eps)
-        return (Launch(_whole_form(x.dtype, parameters, a, two, silu), (spans, work.batch), arguments),)
+        return (Launch(_whole_form(x.dtype, p, a, two, silu), (spans, work.batch), arguments),)
 
-    p = parameters
     num, part = _parts(work.pixels, p.programs, work.batch * spans, p.slots(p.cols) * p.unroll)
     partial = torch.empty((work.batch, groups, 2, num), dtype=torch.float32, device=x.device)
     arguments = (x, second, vectors[2], partial, *reading, *steps, extra, has[2])
@@ -608,6 +623,7 @@ def group_norm(
     addend   [1 or B, C] or None (0): added to x first, unrounded
     returns  [B, C, …], dtype of x, channels-last; statistics in f32
     cost     reads x twice, writes once: 3·B·C·H·W·itemsize bytes
+    out      where the result goes; may be x itself
     raises   InputError where `supports` gives a reason
     source   Wu & He 2018, arXiv:1803.08494; merging of statistics: Chan et al. 1982
     """
