@@ -247,7 +247,7 @@ def test_writes_all_of_out_and_nothing_else(device: torch.device, tile: Tile) ->
 def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     # Storage is shared under the interpreter: copying it back onto itself would only touch all of its pages.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
-    far = 2**31 - 8  # elements from row to row: the second row's bytes, the third row's elements need 64 bits
+    far = 2**30  # elements from row to row: the third row's offset does not fit 32 bits
     huge = torch.empty(2 * far + 64, dtype=torch.float16, device=device)
     make = Maker(device, torch.float16)
     x, weight, addend = make(3, 64), make(16, 64), make(3, 16)
@@ -259,6 +259,10 @@ def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.Monkey
     for tile in (SMALL, GENERAL):
         ours = kernels.linear_add(x, weight, None, far_addend, parameters=tile)
         assert_right(ours, linear_add, x, weight, None, addend)
+    pairs, addend = make(3, 2, 64), make(3, 2, 16)
+    far_pairs = huge.as_strided((3, 2, 16), (far, 32, 1)).copy_(addend)
+    ours = kernels.linear_add(pairs, weight, None, far_pairs, parameters=SMALL)
+    assert_right(ours, linear_add, pairs, weight, None, addend)
     far_out = huge.as_strided((3, 16), (far, 1)).fill_(math.nan)
     for tile in (SMALL, replace(SMALL, splits=2)):
         kernels.linear(x.repeat(1, 2), weight.repeat(1, 2), parameters=tile, out=far_out)

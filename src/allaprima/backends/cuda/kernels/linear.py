@@ -252,8 +252,8 @@ HALF_TILES = (
     Tile(32, 64, 128, 4, 4),
 )
 """Tiles for f16 and bf16.  320 columns are five tiles of 64, 640 five of 128.  Two to four programs of the small ones
-share an SM and hide each other's start and end, which is half of the time where K is 320; all but the two large ones
-fit the 99 KB of sm_86 and sm_89."""
+share an SM and hide each other's start and end, which is half of the time where K is 320.  All but the first fit the
+99 KB of sm_86 and sm_89, which hold one stage less."""
 
 HALF_RAGGED = (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4))
 """Tiles that are also compiled for a K that is not a multiple of their k."""
