@@ -422,6 +422,7 @@ def test_the_library_makes_the_same(device: torch.device, dtype: torch.dtype, gi
             ("geglu_linear", geglu_linear, (x, weight, bias)),
             ("conv2d_cat", conv2d_cat, (pictures, pointwise, bias, *POINTWISE)),
             ("conv2d_cat", conv2d_cat, ([picture], pointwise, bias, *POINTWISE)),
+            ("conv2d_cat", conv2d_cat, (list(picture.split((16, 24, 24), 1)), pointwise, bias, *POINTWISE)),
             ("conv2d_add", conv2d_add, (picture, pointwise, bias, make.picture(2, 48, 3, 5), *POINTWISE, 1)),
             ("conv2d_add", conv2d_add, (picture, pointwise, bias, make.picture(1, 48, 1, 1), *POINTWISE, 1)),
         ]
