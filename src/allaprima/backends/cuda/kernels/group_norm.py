@@ -44,14 +44,20 @@ _MAX_STEP = 2**20
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 @triton.jit
-def _load(first, second, boundary, step_1, step_2, start, rows, end, channels, live, TWO: tl.constexpr):
-    """Pixels start + rows (below end) of `channels`, as f32, 0 outside; `second` holds the channels from boundary."""
-    inside = (start + rows < end) & live
-    pointers = first + start * step_1.to(tl.int64) + rows * step_1 + channels
+def _source(first, second, boundary, step_1, step_2, channels, TWO: tl.constexpr):
+    """Where each channel's first pixel lies, and how far its next one; `second` holds the channels from boundary."""
     if TWO:
-        others = second + start * step_2.to(tl.int64) + rows * step_2 + (channels - boundary)
-        pointers = tl.where(channels < boundary, pointers, others)
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        left = channels < boundary
+        return tl.where(left, first + channels, second + (channels - boundary)), tl.where(left, step_1, step_2)
+    else:
+        return first + channels, step_1
+
+
+@triton.jit
+def _load(base, step, start, rows, end, live):
+    """Pixels start + rows (below end) as f32, 0 outside."""
+    pointers = base + start * step.to(tl.int64) + rows * step
+    return tl.load(pointers, mask=(start + rows < end) & live, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -71,8 +77,9 @@ def _moments(
     alive = live[None, None, :]
     mean = tl.zeros([SLOTS, COLS], tl.float32)
     squares = tl.zeros([SLOTS, COLS], tl.float32)
+    base, step = _source(first, second, boundary, step_1, step_2, columns, TWO)
     for start in range(begin, end, UNROLL * SLOTS):
-        x = _load(first, second, boundary, step_1, step_2, start, rows, end, columns, alive, TWO)
+        x = _load(base, step, start, rows, end, alive)
         # Every step but the last is full, so what a slot has seen before needs no counting.
         count = (start - begin) // SLOTS * 1.0
         fresh = tl.minimum(tl.maximum((end - start - slot + SLOTS - 1) // SLOTS, 0), UNROLL).to(tl.float32)[:, None]
@@ -144,8 +151,9 @@ def _normalise(
     rows = tl.arange(0, UNROLL)[None, :, None] * SLOTS + tl.arange(0, SLOTS)[:, None, None]
     columns = channels[None, None, :]
     alive = live[None, None, :]
+    base, step = _source(first, second, boundary, step_1, step_2, columns, TWO)
     for start in range(begin, end, UNROLL * SLOTS):
-        x = _load(first, second, boundary, step_1, step_2, start, rows, end, columns, alive, TWO)
+        x = _load(base, step, start, rows, end, alive)
         y = (x - center[None, None, :]) * scale[None, None, :] + shift[None, None, :]
         if SILU:
             y = y / (1.0 + tl.exp(-y))
@@ -331,9 +339,7 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         form = self.variant
-        form.kernel[self.grid](
-            *self.arguments, **form.constants, num_warps=form.num_warps, num_stages=form.num_stages
-        )
+        form.kernel[self.grid](*self.arguments, **form.constants, **form.options)
 
 
 MODES = ((False, False), (False, True), (True, True))

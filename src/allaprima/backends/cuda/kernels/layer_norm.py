@@ -103,9 +103,7 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         form = self.variant
-        form.kernel[self.grid](
-            *self.arguments, **form.constants, num_warps=form.num_warps, num_stages=form.num_stages
-        )
+        form.kernel[self.grid](*self.arguments, **form.constants, **form.options)
 
 
 def _cols(num_cols: int) -> int:
