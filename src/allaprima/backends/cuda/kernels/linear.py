@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -457,9 +458,7 @@ def _problem(
         if folded is None:
             return f"addend {list(addend.shape)} with strides {list(addend.stride())} has three levels of rows"
         added = Addend(addend, *folded, 1 if _unit_columns(view) else view.stride(-1))
-    m = 1
-    for size in shape[:-1]:
-        m *= size
+    m = prod(shape[:-1])
     if max(m, n * 2) > _INT32:
         return "more than 2**31 rows or columns"
     return Problem(shape, m, n, tuple(sources), weight, bias, added, gelu, channels_first)
