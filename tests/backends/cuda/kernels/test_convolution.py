@@ -135,28 +135,26 @@ def test_library_with_an_addend(addend, dtype, device):
 
 
 def far_apart(shape, device):
-    """Two images 2³¹ - 8 elements apart: the memory between them is asked for and never touched."""
+    """Three images 2³⁰ + 8 elements apart: the memory between them is asked for and never touched."""
     _, channels, height, width = shape
     try:
-        storage = torch.empty(2**31 + height * width * channels, dtype=torch.float16, device=device)
+        storage = torch.empty(2**31 + 16 + height * width * channels, dtype=torch.float16, device=device)
     except RuntimeError:
         pytest.skip("4 GiB of address space are not to be had")
-    view = storage.as_strided(shape, (2**31 - 8, 1, width * channels, channels))
+    view = storage.as_strided(shape, (2**30 + 8, 1, width * channels, channels))
     return view.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(4)).half())
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_offsets_beyond_31_bits(splits, device):
-    x = far_apart((2, 16, 3, 4), device)
+def test_offsets_beyond_31_bits(device):
+    x = far_apart((3, 16, 2, 3), device)
+    near = x.contiguous(memory_format=torch.channels_last)
     _, weight, bias = tensors(1, 16, 1, 1, 16, torch.float16, device)
-    tile = dataclasses.replace(HALF, splits=splits)
-    got = c.conv2d_add(x, weight, bias, x, (1, 1), (1, 1), (1, 1), 1, parameters=tile)
-    check(got, conv_add, x, weight, bias, x)
     dense = weight.contiguous(memory_format=torch.channels_last)
-    got = c.conv2d(x, dense, bias, padding=(1, 1), parameters=FLATS[0])
-    check(got, conv, x, dense, bias)
-    few = weight[:4]
-    check(c.conv2d(x, few, None, padding=(1, 1), parameters=PATCHES[1]), conv, x, few, None)
+    for parameters in (HALF, dataclasses.replace(HALF, splits=2), FLATS[0]):
+        got = c.conv2d_add(x, dense, bias, x, (1, 1), (1, 1), (1, 1), 1, parameters=parameters)
+        check(got, conv_add, near, dense, bias, near)
+    got = c.conv2d(x, weight[:4], None, padding=(1, 1), parameters=PATCHES[1])
+    check(got, conv, near, weight[:4], None)
 
 
 @pytest.mark.parametrize("flat", FLATS, ids=lambda f: f.name)
@@ -211,6 +209,12 @@ def test_what_is_not_supported_says_why():
     assert "addend" in reason(HALF, addend=torch.zeros(1, 16, 1, 5, dtype=torch.float16))
     assert "16 bytes" in reason(HALF, bias=torch.zeros(17, dtype=torch.float16)[1:])
     assert "slice" in reason(FLATS[0])
+    assert "multiples of 8" in reason(HALF, sources=(poisoned((1, 16, 4, 5), torch.float16, "cpu", beside=4),))
+    large = torch.empty(1, 16, 12000, 12000, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+    for parameters in (HALF, FLATS[0]):
+        weight = torch.zeros(16, 3, 3, 16).permute(0, 3, 1, 2).half()
+        assert "2³¹" in reason(parameters, sources=(large,), weight=weight)
+    assert "2³¹" in reason(PATCHES[0], sources=(large,), weight=weight[:4], bias=None)
     assert "3×3" in reason(PATCHES[0])
     assert "several" in reason(PATCHES[0], sources=(x, x))
     assert reason(c.Library(), sources=(x.float(),), dilation=(2, 2)) is None
@@ -230,13 +234,13 @@ def test_what_is_launched_was_compiled(dtype):
             launches = c.launches_of((x,), weight, bias, x, (1, 1), (1, 1), out, chosen)
             assert len(launches) == (1 if splits == 1 else 2)
             for launch in launches:
-                check_launch(launch, dtype)
+                check_launch(launch, c.variants(dtype))
     for outputs, parameters in ((16, FLATS), (3, FLATS), (3, PATCHES)):
         made = nan_like((1, outputs, 4, 5), dtype, "cpu")
         for chosen in parameters:
             for launch in c.launches_of((x,), weight[:outputs], bias[:outputs], None, (1, 1), (1, 1), made, chosen):
-                check_launch(launch, dtype)
-    check_launch(c.finish_launch(out, None, x, out), dtype)
+                check_launch(launch, c.variants(dtype))
+    check_launch(c.finish_launch(out, None, x, out), c.variants(dtype))
 
 
 SHAPES = [

@@ -84,6 +84,9 @@ def test_library(folded, size, device):
     out = nan_like((1, 16, *size), torch.float16, device)
     got = u.upsample_conv(*given, *size, parameters=u.UpsampleLibrary(folded), out=out)
     check(got, *given, size, folded)
+    fresh = u.upsample_conv(*given, *size, parameters=u.UpsampleLibrary(folded))
+    assert fresh.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(fresh, got)
 
 
 def test_what_is_not_supported_says_why():
@@ -111,7 +114,7 @@ def test_what_is_launched_was_compiled(dtype):
             for form in (True, False):
                 chosen = u.Upsample(dataclasses.replace(tile, splits=splits), form)
                 for launch in u.launches_of(x, weight, folded, bias, out, chosen):
-                    check_launch(launch, dtype)
+                    check_launch(launch, u.variants(dtype))
 
 
 @pytest.mark.parametrize("device_", KNOWN, ids=lambda d: d.name)

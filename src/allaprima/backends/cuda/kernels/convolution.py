@@ -32,9 +32,15 @@ from .epilogue import (
     finish_variants,
     pixels_of,
 )
-from .few_channels import Flat, Patch, few_channels_candidates, few_channels_launch, few_channels_us
-from .few_channels import supports as few_channels_supports
-from .few_channels import variants as few_channels_variants
+from .few_channels import (
+    Flat,
+    Patch,
+    few_channels_candidates,
+    few_channels_launch,
+    few_channels_supports,
+    few_channels_us,
+    few_channels_variants,
+)
 from .variant import Variant
 
 
@@ -274,12 +280,17 @@ def _variant(dtype: torch.dtype, tile: Tile, partial: bool) -> Variant:
     )
 
 
-def variants(dtype: torch.dtype) -> Iterator[Variant]:
-    """Every compiled form that a convolution or an upsampling may ask for with that dtype."""
+def tile_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    """The forms of `conv_launches`: each tile for whole and for split sums, and what adds the parts."""
     for tile in tiles(dtype.itemsize):
         yield _variant(dtype, tile, False)
         yield _variant(dtype, tile, True)
     yield from finish_variants(dtype)
+
+
+def variants(dtype: torch.dtype) -> Iterator[Variant]:
+    """Every form that the calls of this file launch with tensors of `dtype`."""
+    yield from tile_variants(dtype)
     yield from few_channels_variants(dtype)
 
 

@@ -37,7 +37,7 @@ class Launch:
 
     def run(self) -> None:
         form = self.variant
-        form.kernel[self.grid](*self.arguments, num_warps=form.num_warps, num_stages=form.num_stages, **form.constants)
+        form.kernel[self.grid](*self.arguments, **form.options, **form.constants)
 
 
 @dataclass(frozen=True)

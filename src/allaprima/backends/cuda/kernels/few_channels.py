@@ -175,14 +175,14 @@ def _patch_variant(dtype: torch.dtype, patch: Patch) -> Variant:
     return Variant(patch_kernel, (*(dtype,) * 4, *(1,) * 11), constants, patch.warps, patch.stages)
 
 
-def variants(dtype: torch.dtype) -> Iterator[Variant]:
+def few_channels_variants(dtype: torch.dtype) -> Iterator[Variant]:
     """Every compiled form that the launches of this file may ask for with that dtype."""
     yield from (_flat_variant(dtype, flat, align) for flat in FLATS for align in (8, 1))
     yield from (_patch_variant(dtype, patch) for patch in PATCHES)
 
 
 # ----------------------------------------------------------------------------------------------------------- launch
-def supports(
+def few_channels_supports(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,

@@ -7,6 +7,7 @@ A result is stored where it belongs at once: there is no pixel shuffle.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,9 +26,10 @@ from .convolution import (
     library_us,
     result,
     tile_us,
+    tile_variants,
 )
-from .convolution import variants as variants
 from .epilogue import LAUNCH_US, Launch, ceil_div, finish_us
+from .variant import Variant
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class UpsampleLibrary:
 
 
 Parameters = Upsample | UpsampleLibrary
+
+
+def variants(dtype: torch.dtype) -> Iterator[Variant]:
+    """Every form that the calls of this file launch with tensors of `dtype`: those of convolutions, none besides."""
+    yield from tile_variants(dtype)
 
 
 def _target(x: torch.Tensor, height: int | None, width: int | None) -> tuple[int, int]:
