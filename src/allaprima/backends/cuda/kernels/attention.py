@@ -299,6 +299,7 @@ HEADS = (32, 40, 64, 80, 128, 160, 256, 512)
 """Classes of heads: one of d channels, a multiple of 8, runs in the first class that is not smaller."""
 
 
+@functools.cache
 def head_class(channels: int) -> int:
     return next(h for h in HEADS if h >= channels)
 
@@ -341,6 +342,8 @@ HALF_BLOCKS: dict[int, tuple[Blocks, ...]] = {
 ALTERNATIVES: dict[int, tuple[Blocks, ...]] = {
     40: (
         Blocks(128, 64, 8, 3, split_v=True, ones=True, ahead=True, registers=128),
+        Blocks(128, 64, 8, 3, split_v=True, ones=True, ahead=True),
+        Blocks(128, 64, 8, 3, ones=True, registers=128),
         Blocks(64, 64, 4, 3, split_v=True, ones=True, ahead=True, registers=128),
         Blocks(64, 64, 4, 3, split_v=True, ones=True, lazy=True, registers=128),
         Blocks(64, 64, 4, 3, ones=True, registers=128),
@@ -359,21 +362,27 @@ ALTERNATIVES: dict[int, tuple[Blocks, ...]] = {
         Blocks(64, 64, 4, 2, split_v=True),
     ),
     160: (Blocks(128, 64, 8, 2, split_v=True), Blocks(128, 32, 8, 3, **_BOTH)),
-    512: (Blocks(64, 32, 4, 2, columns=256), Blocks(64, 16, 4, 2, columns=128)),
+    512: (Blocks(64, 16, 4, 2, columns=128),),
 }
 """Further forms that the call takes when asked, to be timed against these."""
 
-FLOAT_BLOCKS = Blocks(32, 32, 4, 2)
-"""For f32, which runs on the ordinary units: right, not fast."""
+FLOAT_BLOCKS: dict[int, tuple[Blocks, ...]] = {
+    32: (Blocks(32, 32, 8, 2),),
+    40: (Blocks(32, 32, 8, 2, **_BOTH),),
+    64: (Blocks(32, 32, 8, 2),),
+    80: (Blocks(16, 16, 4, 2, **_BOTH),),
+    128: (Blocks(16, 16, 8, 2),),
+    160: (Blocks(16, 16, 8, 1, **_BOTH),),
+}
+"""The same for f32, which runs on the ordinary units: right, not fast.  They hold their operands in registers, so that
+heads wider than 160 channels are left to others."""
 
-MAX_FLOAT_HEAD = 160
+MAX_FLOAT_HEAD = max(FLOAT_BLOCKS)
 
 
 def blocks_of(dtype: torch.dtype, head: int) -> tuple[Blocks, ...]:
     """The forms that are compiled for a class of heads."""
-    if dtype != torch.float32:
-        return HALF_BLOCKS[head]
-    return (FLOAT_BLOCKS,) if head <= MAX_FLOAT_HEAD else ()
+    return FLOAT_BLOCKS.get(head, ()) if dtype == torch.float32 else HALF_BLOCKS[head]
 
 
 @functools.cache
@@ -410,15 +419,14 @@ def supports(
         return "masks other than the causal one are not supported"
     if scale is not None and not scale > 0:
         return f"scale {scale} is not positive"
-    if any(t.dim() != 4 for t in (q, k, v)) or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
-        return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} are not [B, N, H, D] and twice [B, M, H, D]"
-    if q.shape[3] != k.shape[3]:
-        return f"{q.shape[3]} channels in q, {k.shape[3]} in k"
-    return _supports_sizes(q.shape, k.shape[1], q.dtype) or _supports_layout(q, k, v)
+    sizes, key_sizes = q.shape, k.shape
+    if len(sizes) != 4 or key_sizes != v.shape or (sizes[0], *sizes[2:]) != (key_sizes[0], *key_sizes[2:]):
+        return f"q {list(sizes)}, k {list(key_sizes)}, v {list(v.shape)} are not [B, N, H, D] and twice [B, M, H, D]"
+    return _refuses_sizes(sizes, key_sizes[1], q.dtype) or _refuses_layout(q, k, v)
 
 
-def _supports_sizes(shape: torch.Size, num_keys: int, dtype: torch.dtype) -> str | None:
-    batch, num_rows, heads, channels = shape
+def _refuses_sizes(sizes: torch.Size, num_keys: int, dtype: torch.dtype) -> str | None:
+    batch, num_rows, heads, channels = sizes
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{dtype} is not f16, bf16 or f32"
     largest = MAX_FLOAT_HEAD if dtype == torch.float32 else HEADS[-1]
@@ -429,21 +437,27 @@ def _supports_sizes(shape: torch.Size, num_keys: int, dtype: torch.dtype) -> str
     return None
 
 
-def _supports_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def _refuses_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    dtype, device = q.dtype, q.device
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dtype != q.dtype or t.device != q.device:
-            return f"{name} is {t.dtype} on {t.device}, q is {q.dtype} on {q.device}"
+        if t.dtype != dtype or t.device != device:
+            return f"{name} is {t.dtype} on {t.device}, q is {dtype} on {device}"
         if t.stride(3) != 1:
             return f"the channels of {name} are not dense"
-        if any(s % 8 or s < 0 or s >> 3 > _INT32 for s in _strides(t)) or t.stride(1) >= 1 << 24:
+        b, n, h = _strides(t)
+        if (b | n | h) & 7 or min(b, n, h) < 0 or max(b, h) >> 3 > _INT32 or n >= 1 << 24:
             return f"strides {t.stride()} of {name} are not multiples of 8 within the bounds of 32 bits"
     return alignment_reason(q=q, k=k, v=v)
 
 
 def _strides(t: torch.Tensor) -> tuple[int, int, int]:
     """Elements between batches, rows and heads; 0 where there is one only, whose stride may be anything."""
-    b, n, h = (s if size > 1 else 0 for s, size in zip(t.stride(), t.shape[:3], strict=False))
-    return b, n, h
+    sizes, strides = t.shape, t.stride()
+    return (
+        strides[0] if sizes[0] > 1 else 0,
+        strides[1] if sizes[1] > 1 else 0,
+        strides[2] if sizes[2] > 1 else 0,
+    )
 
 
 _ONES: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
@@ -499,7 +513,7 @@ def launch_of(
     programs = -(-channels // parameters.columns) if parameters.columns else 1
     grid = (-(-num_rows // parameters.rows), batch * heads, programs)
     factor = (channels**-0.5 if scale is None else float(scale)) * _LOG2_E
-    strides = (s // 8 for t in (q, k, v) for s in _strides(t))
+    strides = [s >> 3 for s in (*_strides(q), *_strides(k), *_strides(v))]
     ones = _ones(q) if parameters.ones else q
     return Launch(variant, grid, (q, k, v, ones, out, num_rows, num_keys, heads, channels // 8, *strides, factor))
 
@@ -548,8 +562,21 @@ def candidates(
     head = head_class(channels)
     fit = [b for b in blocks_of(dtype, head) if b.shared_bytes(head, dtype.itemsize) <= device.shared_bytes]
     fit = [b for b in fit if not (causal and b.ahead)]
-    single = [b for b in fit if b.single and num_keys <= b.keys]
-    return single or [b for b in fit if not b.single]
+    single = [b for b in fit if b.single and num_keys <= b.keys and _keeps_registers(b, head, device)]
+    several = [b for b in fit if not b.single]
+    # Some form must do, even one that spills a little.
+    return single or [b for b in several if _keeps_registers(b, head, device)] or several[-1:]
+
+
+def _keeps_registers(p: Blocks, head: int, device: Device) -> bool:
+    """Whether a form compiles without spilling more than a few registers.
+
+    From Hopper on q and k are read from the shared memory; before, they pass through registers.  The share is what
+    compiling every form for sm_80 shows.
+    """
+    if device.arch >= 90:
+        return True
+    return p.rows * (p.keys + sum(p.widths(head))) / (32 * p.num_warps) <= 0.7 * (p.registers or 255)
 
 
 def estimate_us(
@@ -566,8 +593,9 @@ def estimate_us(
 ) -> float:
     """Time of one call in µs: that of the busiest multiprocessor, never less than the caches and the memory need.
 
-    A multiprocessor's programs mostly take turns, so that products and softmax add up; exponentials (16 in a clock) and
-    the other instructions (128 lanes in a clock) overlap by about a third, as measured on an H100 with 40 channels.
+    Exponentials (16 in a clock) and the other instructions (128 lanes in a clock) overlap by about a third, and with
+    eight warps on a multiprocessor products and softmax take turns, as measured on an H100 with 40 channels.  More
+    warps let them overlap: that share is an estimate.
     """
     p, head = parameters, head_class(channels)
     k1, k2, v1, v2 = p.widths(head)
@@ -580,9 +608,11 @@ def estimate_us(
     products = 2 * scores * (k1 + k2 + v1 + v2) / rate
     softmax = 0.7 * scores * (1 / 16 + _instructions(p, v1 + v2) / 128) / clock
     turns = -(-programs // device.num_sms)
-    rounds = -(-programs // (device.num_sms * _resident(p, head, itemsize, device)))
+    resident = _resident(p, head, itemsize, device)
+    rounds = -(-programs // (device.num_sms * resident))
+    overlap = max(-0.25, min(0.5, (min(resident, turns) * p.num_warps - 8) / 16))
     # Alone, a program waits for each of its steps: load, product, exponentials, product.
-    busy = max(turns * (products + softmax), rounds * (steps * 700 + 2500) / clock)
+    busy = max(turns * (products + softmax - overlap * min(products, softmax)), rounds * (steps * 700 + 2500) / clock)
 
     read = programs * (num_keys * (channels + min(channels, v1 + v2)) + p.rows * channels) * itemsize
     once = 2 * batch * heads * (num_rows + num_keys) * channels * itemsize
@@ -604,8 +634,9 @@ def _instructions(p: Blocks, values: int) -> float:
 
 def _resident(p: Blocks, head: int, itemsize: int, device: Device) -> int:
     """Programs that fit one multiprocessor at once."""
-    _, _, v1, v2 = p.widths(head)
+    k1, k2, v1, v2 = p.widths(head)
     threads = 32 * p.num_warps
-    registers = min(p.registers or 255, 50 + p.rows * (p.keys * (2.5 if p.ahead else 1.5) + v1 + v2) / threads)
+    columns = p.keys * (2.5 if p.ahead else 1.5) + v1 + v2 + (k1 + k2 if device.arch < 90 else 0)
+    registers = min(p.registers or 255, 50 + p.rows * columns / threads)
     by_shared = (device.shared_bytes + 1024) // (p.shared_bytes(head, itemsize) + 1024)
     return max(1, min(int(65536 / (registers * threads)), by_shared))
