@@ -20,6 +20,7 @@ CHATTER = (
     IMPORT_CHATTER,
     "Token indices sequence length is longer than",  # these two: `generation` tells of long prompts, and of both kinds
     "part of your input was truncated because CLIP",
+    "that should be kept in float32: []",  # no modules: about none
     "No LoRA keys associated to",  # a LoRA may be for the UNet alone; one that fits nothing raises
 )
 

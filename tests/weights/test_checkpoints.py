@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import socket
 import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import allaprima as ap
 from allaprima.errors import CheckpointError, ConfigError, ModelError, UnknownModelError
 from allaprima.weights import checkpoints
 from allaprima.weights.checkpoints import check_safetensors, choose_device, choose_dtype
+from tests.ldm import save_ldm
+from tests.test_pipelines import draw
 from tests.tiny import tiny_pipeline
 
 
@@ -175,6 +181,76 @@ def test_a_folder_with_weights_of_another_architecture(folder: Path, tmp_path: P
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no diffusers folder"):
         ap.load(tmp_path)
+
+
+# ---- single files in the layout of latent diffusion
+
+
+@pytest.fixture(scope="module")
+def ldm_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ldm") / "tiny.safetensors"
+    save_ldm(tiny_pipeline(), path)
+    return path
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*address: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_the_names_are_those_of_sd_1(ldm_file: Path) -> None:
+    """Some that every SD v1.x checkpoint has, whatever its width."""
+    with safe_open(ldm_file, framework="pt") as file:
+        names = set(file.keys())
+        assert file.get_slice("first_stage_model.decoder.mid.attn_1.q.weight").get_shape()[2:] == [1, 1]
+    unet, vae, clip = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+    assert {
+        f"{unet}time_embed.0.weight", f"{unet}input_blocks.0.0.weight", f"{unet}input_blocks.1.0.in_layers.2.weight",
+        f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", f"{unet}middle_block.1.proj_in.weight",
+        f"{unet}middle_block.2.emb_layers.1.bias", f"{unet}output_blocks.0.0.skip_connection.weight",
+        f"{unet}out.2.bias", f"{vae}encoder.down.0.block.0.norm1.weight", f"{vae}encoder.down.0.downsample.conv.bias",
+        f"{vae}decoder.up.3.upsample.conv.weight", f"{vae}decoder.mid.attn_1.proj_out.bias", f"{vae}quant_conv.weight",
+        f"{clip}encoder.layers.0.self_attn.q_proj.weight", f"{clip}embeddings.position_ids",
+    } <= names  # fmt: skip
+    assert not [name for name in names if re.search(r"down_blocks|up_blocks|resnets|\.to_q\..*attn_1", name)]
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_single_file_draws_the_pictures_of_its_folder(ldm_file: Path, folder: Path) -> None:
+    pipes = ap.load(ldm_file, dtype="float32", config=folder), ap.load(folder, dtype="float32")
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = (getattr(pipe, part).state_dict() for pipe in pipes)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    one, other = (draw(pipe) for pipe in pipes)
+    assert np.array_equal(one, other)
+    assert one.std() > 0.01
+    assert np.abs(draw(ap.optimize(pipes[0])) - other).max() < 1e-3
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("first_stage_model.", "AutoencoderKL"),
+        ("cond_stage_model.", "CLIPTextModel"),
+        ("model.diffusion_model.out.2.bias", "lacks weights"),
+        ("first_stage_model.decoder.mid.attn_1.q", "lacks weights"),
+        (
+            "cond_stage_model.transformer.text_model.final_layer_norm",
+            r"lacks 2 weights, .*text_encoder.final_layer_norm",
+        ),
+    ],
+)
+def test_a_single_file_that_lacks_weights(ldm_file: Path, folder: Path, tmp_path: Path, prefix: str, said: str) -> None:
+    path = tmp_path / "part.safetensors"
+    save_file({name: tensor for name, tensor in load_file(ldm_file).items() if not name.startswith(prefix)}, path)
+    with pytest.raises(CheckpointError, match=said):
+        ap.load(path, dtype="float32", config=folder)
 
 
 # ---- names, devices, dtypes

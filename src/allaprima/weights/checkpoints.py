@@ -19,6 +19,7 @@ from ..notices import quiet_import
 
 with quiet_import():
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32,
@@ -140,9 +141,26 @@ def _single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> S
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return StableDiffusionPipeline.from_single_file(str(path), **options)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            pipe = StableDiffusionPipeline.from_single_file(str(path), **options)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SingleFileComponentError) as error:
+        # diffusers says no more of weights that are not there than that their tensors are empty
+        what = "it lacks weights of this architecture" if "meta tensor" in str(error) else str(error)[:400]
         raise CheckpointError(
-            f"{path} cannot be loaded as a Stable Diffusion checkpoint: {str(error)[:400]}. Without network, give the "
+            f"{path} cannot be loaded as a Stable Diffusion checkpoint: {what}. Without network, give the "
             "architecture's diffusers folder: load(file, config=folder)."
         ) from error
+    _check_complete(path, pipe)
+    return pipe
+
+
+def _check_complete(path: Path, pipe: StableDiffusionPipeline) -> None:
+    """diffusers leaves weights of the text encoder that are not in the file without memory, and says nothing."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    missing = [
+        f"{name}.{key}"
+        for name, part in parts.items()
+        for key, tensor in part.state_dict().items()
+        if tensor.device.type == "meta"
+    ]
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} weights, among them {', '.join(missing[:3])}.")
