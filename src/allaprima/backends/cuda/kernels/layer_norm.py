@@ -90,7 +90,7 @@ class Rows:
         return 1 <= self.rows(cols) <= 8
 
 
-PARAMETERS = (Rows(16, 1), Rows(16, 4), Rows(32, 8))
+PARAMETERS = (Rows(16, 1), Rows(16, 4), Rows(16, 16))
 """One warp a row or two, which needs no barrier; rows of up to 2048; rows of up to 8192."""
 
 
