@@ -364,7 +364,7 @@ class Engine:
         if runner.bound and not runner.stale:
             return
         started = time.perf_counter()
-        rebuilt = runner.bind(self._sources.tensors)
+        rebuilt = runner.bind(self._sources)
         seconds = time.perf_counter() - started
         if rebuilt:
             self.events.rebuilds += 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from .backends import build
 from .backends.aten import AtenExecutable
 from .backends.base import INPUT_ROLES, Executable
 from .config import Config
-from .errors import is_out_of_memory
+from .errors import GraphError, is_out_of_memory
 from .graph import Graph, SizeSpec, number
 from .stage import Program, Stage, Time, Value
-from .weights.binding import Binding, weight_names
+from .weights.binding import Binding, Sources, weight_names
+
+MAX_BUFFERS = 8
+"""Sets of shapes (batches, lengths of the prompt) for which an earlier stage's results keep their addresses."""
 
 
 class Runner:
@@ -30,7 +34,7 @@ class Runner:
         device: torch.device,
         runs: Counter[str],
     ) -> None:
-        self.captured, self.program, self.runs = captured, program, runs
+        self.captured, self.program, self.runs, self._device = captured, program, runs, device
         self.binding = Binding(program)
         self.confirmed: set[tuple[str, int]] = set()
         """Sizes (symbol, size) outside of the capture's ranges for which it is known to hold all the same."""
@@ -41,35 +45,42 @@ class Runner:
         self._stages: list[_RunningStage] = []
         for when, stage in program.stages.items():
             if when is not Time.WEIGHTS:
-                executable, self.backends[when] = build(stage.graph, config, dtype, device)
+                executable, self.backends[when] = build(stage.graph, config, dtype, device, frozenset(program.inputs))
                 self._stages.append(_RunningStage(stage, executable, device))
 
-    def bind(self, sources: Mapping[str, torch.Tensor]) -> bool:
+    def bind(self, sources: Sources) -> bool:
         """Give changed weights to the stages that read them.  returns whether a bound stage was built again."""
-        changed = self.binding.update(sources, self.stale if self.bound else sources)
-        rebuilt = False
-        for running in self._stages:
-            graph = running.stage.graph
-            if not self.bound or not weight_names(graph).isdisjoint(changed):
-                self._bind_stage(running, self.binding.values(graph, sources))
-                rebuilt |= self.bound
+        adopt = sources.adopt if self._device.type == "cuda" else None
+        changed = self.binding.update(sources.tensors, self.stale if self.bound else sources.tensors, adopt)
+        concerned = [
+            running
+            for running in self._stages
+            if not self.bound or not weight_names(running.stage.graph).isdisjoint(changed)
+        ]
+        # A backend compiles in C++ on one core, so the stages are compiled beside one another.
+        with ThreadPoolExecutor(max(1, len(concerned))) as pool:
+            list(pool.map(lambda running: self._bind_stage(running, sources.tensors), concerned))
         self._fixed = {
-            r.name: self.binding.value(r.role, r.name, sources)
+            r.name: self.binding.value(r.role, r.name, sources.tensors)
             for r in self.program.results
             if isinstance(r, Value) and r.role != "input"
         }
+        rebuilt = self.bound and bool(concerned)
         self.stale, self.bound = set(), True
         return rebuilt
 
-    def _bind_stage(self, running: _RunningStage, weights: Mapping[str, torch.Tensor]) -> None:
+    def _bind_stage(self, running: _RunningStage, sources: Mapping[str, torch.Tensor]) -> None:
         """Bind a stage; one that its backend cannot build after all runs on ATen, and `explain` says so."""
+        weights = self.binding.values(running.stage.graph, sources)
         try:
             running.executable.bind(weights)
-        except RuntimeError as error:
+        except (RuntimeError, GraphError) as error:
             if isinstance(running.executable, AtenExecutable) or is_out_of_memory(error):
                 raise
             failed = self.backends[running.stage.time].split(":")[0]
-            self.backends[running.stage.time] = f"aten: {failed} failed with {str(error).strip()[:200]!r}"
+            reason = str(error).strip()[:200]
+            told = reason if isinstance(error, GraphError) else f"{failed} failed with {reason!r}"
+            self.backends[running.stage.time] = f"aten: {told}"
             running.executable = AtenExecutable(running.stage.graph)
             running.executable.bind(weights)
         running.forget()
@@ -111,6 +122,7 @@ class _RunningStage:
         self._arguments = [(p.meta["role"], p.meta["source"]) for p in stage.graph.placeholders(*INPUT_ROLES)]
         self._seen: list[tuple[Any, int]] | None = None
         self._results: list[Any] = []
+        self._buffers: OrderedDict[Any, list[torch.Tensor]] = OrderedDict()
 
     def run(self, values: Mapping[str, Any], symbols: Mapping[str, int]) -> list[Any]:
         given = [symbols[s] if role == "size" else values[s] for role, s in self._arguments]
@@ -126,10 +138,26 @@ class _RunningStage:
         """The last results, computed again only if an input changed."""
         given = [symbols[s] if role == "size" else values[s] for role, s in self._arguments]
         if self._seen is None or not all(map(_same, self._seen, given)):
-            self._results = self.run(values, symbols)
+            results = self.run(values, symbols)
+            self._results = self._settled(results) if self.device.type == "cuda" and not self.stage.rows else results
             self._seen = [_remember(g) for g in given]
             runs[self.stage.time.name] += 1
         return self._results
+
+    def _settled(self, results: list[Any]) -> list[Any]:
+        """The results in tensors that stay at their addresses, one set for each set of shapes: recorded CUDA graphs of
+        later stages read them there."""
+        tensors = [r for r in results if isinstance(r, torch.Tensor)]
+        key = tuple((t.shape, t.dtype) for t in tensors)
+        if key not in self._buffers:
+            self._buffers[key] = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+        self._buffers.move_to_end(key)
+        while len(self._buffers) > MAX_BUFFERS:
+            self._buffers.popitem(last=False)
+        if tensors:
+            torch._foreach_copy_(self._buffers[key], tensors)
+        settled = iter(self._buffers[key])
+        return [next(settled) if isinstance(r, torch.Tensor) else r for r in results]
 
     def forget(self) -> None:
         self._seen = None

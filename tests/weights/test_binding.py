@@ -116,3 +116,125 @@ def test_derived_memory_counts_what_is_no_view(weights: dict[str, torch.Tensor])
     assert binding.derived_bytes() == 0
     binding.update(weights, weights)
     assert binding.derived_bytes() == 2 * 4 * 4 * 4
+
+
+class Parts(nn.Module):
+    """Two matrices that a program reads as one, and a convolution's taps that it reads with channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(rows, 4)) for rows in (2, 3))
+        self.taps = nn.Parameter(torch.randn(6, 4, 3, 3))
+
+
+def arranging() -> Program:
+    fx = FxGraph()
+    nodes: dict[str, Any] = {}
+    for name, shape in {"x": (1, 4), "y": (1, 4, 8, 8), "a": (2, 4), "b": (3, 4), "taps": (6, 4, 3, 3)}.items():
+        nodes[name] = fx.placeholder(name)
+        role = "input" if name in "xy" else "parameter"
+        nodes[name].meta = {"role": role, "source": name, "spec": TensorSpec(shape, torch.float32)}
+    merged = fx.call_function(aten.cat.default, ([nodes["a"], nodes["b"]], 0))
+    last = fx.call_function(aten.contiguous.default, (nodes["taps"],), {"memory_format": torch.channels_last})
+    double = fx.call_function(aten.add.Tensor, (nodes["a"], nodes["a"]))
+    rows = fx.call_function(aten.linear.default, (nodes["x"], merged))
+    fold = fx.call_function(aten.linear.default, (nodes["x"], double))
+    picture = fx.call_function(aten.conv2d.default, (nodes["y"], last))
+    fx.output((rows, fold, picture))
+    shapes = {merged: (5, 4), last: (6, 4, 3, 3), double: (2, 4), rows: (1, 5), fold: (1, 2), picture: (1, 6, 6, 6)}
+    for node, shape in shapes.items():
+        node.meta["spec"] = TensorSpec(shape, torch.float32)
+    return cut(Graph(fx), {})
+
+
+class Adopted:
+    """A module whose parameters live in a program's buffers."""
+
+    def __init__(self) -> None:
+        self.module, self.program = Parts(), arranging()
+        self.before = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        self.sources, self.binding = Sources(self.module), Binding(self.program)
+        self.look()
+
+    def look(self) -> set[str]:
+        changed = self.sources.refresh()
+        return self.binding.update(self.sources.tensors, changed, self.sources.adopt) if changed else set()
+
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        found = self.binding.values(self.program.stages[Time.STEP].graph, self.sources.tensors)
+        by_shape = {(5, 4): "merged", (6, 4, 3, 3): "taps", (2, 4): "double"}
+        return {by_shape[tuple(v.shape)]: v for v in found.values()}
+
+    def check(self) -> None:
+        a, b, taps = (p.detach() for p in self.module.parameters())
+        torch.testing.assert_close(self.values["merged"], torch.cat([a, b]), rtol=0, atol=0)
+        torch.testing.assert_close(self.values["double"], a + a, rtol=0, atol=0)
+        torch.testing.assert_close(self.values["taps"], taps, rtol=0, atol=0)
+        assert self.values["taps"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_parameters_become_views_of_what_is_only_an_arrangement_of_them() -> None:
+    adopted = Adopted()
+    adopted.check()
+    for name, parameter in adopted.module.named_parameters():
+        assert torch.equal(parameter, adopted.before[name])
+    assert adopted.module.b.data_ptr() == adopted.values["merged"][2:].data_ptr()
+    assert adopted.module.taps.data_ptr() == adopted.values["taps"].data_ptr()
+    assert adopted.binding.derived_bytes() == 2 * 4 * 4, "only the fold is stored beside the parameters"
+    assert adopted.sources.refresh() == set(), "moving in is no change"
+
+
+def test_a_write_to_an_adopted_parameter_needs_no_copy() -> None:
+    adopted = Adopted()
+    addresses = {name: v.data_ptr() for name, v in adopted.values.items()}
+    with torch.no_grad():
+        for parameter in adopted.module.parameters():
+            parameter.mul_(3)
+    assert torch.equal(adopted.values["merged"][2:], adopted.before["b"] * 3)
+    adopted.look()
+    adopted.check()
+    assert {name: v.data_ptr() for name, v in adopted.values.items()} == addresses
+
+
+def test_a_replaced_parameter_moves_into_the_buffer_that_stays() -> None:
+    adopted = Adopted()
+    addresses = {name: v.data_ptr() for name, v in adopted.values.items()}
+    adopted.module.a = nn.Parameter(torch.randn(2, 4))
+    adopted.module.load_state_dict({"taps": torch.randn(6, 4, 3, 3)}, strict=False, assign=True)
+    adopted.look()
+    adopted.check()
+    assert {name: v.data_ptr() for name, v in adopted.values.items()} == addresses
+
+
+def test_another_dtype_is_another_buffer() -> None:
+    adopted = Adopted()
+    adopted.module.double()
+    adopted.look()
+    adopted.check()
+    assert adopted.values["merged"].dtype == torch.float64
+
+
+def test_a_second_program_finds_the_arrangement_of_the_first() -> None:
+    adopted = Adopted()
+    second = Binding(adopted.program)
+    second.update(adopted.sources.tensors, adopted.sources.tensors, adopted.sources.adopt)
+    adopted.check()
+    theirs = second.values(adopted.program.stages[Time.STEP].graph, adopted.sources.tensors).values()
+    assert {v.data_ptr() for v in theirs if v.shape[0] > 2} == {
+        v.data_ptr() for v in adopted.values.values() if v.shape[0] > 2
+    }
+
+
+def test_tied_parameters_are_arranged_as_often_as_they_are_read() -> None:
+    adopted = Adopted.__new__(Adopted)
+    adopted.module, adopted.program = Parts(), arranging()
+    adopted.module.b = nn.Parameter(torch.randn(2, 4))
+    adopted.module.a = adopted.module.b
+    adopted.sources, adopted.binding = Sources(adopted.module), Binding(adopted.program)
+    for _ in range(2):
+        adopted.look()
+        merged = next(v for v in adopted.binding._derived.values() if v.shape == (4, 4))
+        assert torch.equal(merged, torch.cat([adopted.module.a.detach()] * 2))
+        with torch.no_grad():
+            adopted.module.a.add_(1)

@@ -14,23 +14,46 @@ def preferred(config: Config, device: torch.device) -> tuple[str, str]:
     """The backend that a module's graphs are rewritten for, and in words why."""
     if config.backend == "aten":
         return "aten", "asked for"
+    if device.type == "cuda":
+        reason = _no_triton(device)
+        return ("aten", reason) if reason else ("cuda", "")
     if device.type != "cpu":
-        return "aten", f"no other backend serves {device.type} yet"
+        return "aten", f"no other backend serves {device.type}"
     from . import openvino
 
     reason = openvino.available()
     return ("aten", reason) if reason else ("openvino", "")
 
 
-def build(graph: Graph, config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Executable, str]:
-    """An Executable for a stage, and in words which backend it is and why."""
+def _no_triton(device: torch.device) -> str | None:
+    """Why our kernels cannot run on a GPU, in words; None where they can."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernels need compute capability 8.0 (Ampere) or later; this GPU has {major}.{minor}"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken installation raises anything
+        return f"Triton cannot be imported ({type(error).__name__}: {error}); pip install 'allaprima[cuda]'"
+    return None
+
+
+def build(
+    graph: Graph, config: Config, dtype: torch.dtype, device: torch.device, volatile: frozenset[str]
+) -> tuple[Executable, str]:
+    """An Executable for a stage, and in words which backend it is and why.  Whether it can run the stage turns out when
+    the weights are bound.
+
+    volatile  names of the inputs that come from the caller rather than from an earlier stage
+    """
     name, reason = preferred(config, device)
     if name == "aten":
         return AtenExecutable(graph), f"aten: {reason}"
+    if name == "cuda":
+        from .cuda.executable import CudaExecutable
+
+        return CudaExecutable(graph, config, volatile, device), "cuda"
     from . import openvino
 
-    if missing := openvino.unsupported(graph):
-        return AtenExecutable(graph), f"aten: OpenVINO cannot run {'; '.join(missing[:3])}"
     # The engine looks at the weights' versions before every run and binds again where one changed, so the model may
     # read the weights' own memory: for SD1.5 in float32 that saves 3.4 GB and seconds of copying at each bind.
     return openvino.OpenVinoExecutable(graph, dtype=dtype, threads=config.threads, share=True), "openvino"

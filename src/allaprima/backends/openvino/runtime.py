@@ -58,7 +58,7 @@ class OpenVinoExecutable:
             translator = Translator(self.graph, lambda node, *rows: _constant(self._weights[node.name], *rows))
             translator.translate()
             if translator.failures:
-                raise GraphError(f"OpenVINO cannot run {'; '.join(translator.failures)}.")
+                raise GraphError(f"OpenVINO cannot run {'; '.join(translator.failures[:3])}.")
             model = translator.model()
             self.build_seconds = time.perf_counter() - copied
             self._request = _core().compile_model(model, "CPU", self._config).create_infer_request()

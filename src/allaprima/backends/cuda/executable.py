@@ -1,0 +1,112 @@
+"""CudaExecutable: one stage on a GPU, planned for each size, recorded at the second use of a size."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ...config import Config
+from ...graph import Graph
+from ..base import INPUT_ROLES
+from .device import Device, device_of
+from .graphs import GraphPool, pool_of
+from .plan import Plan, arguments_of, lower
+
+_numbers = itertools.count()
+
+
+class CudaExecutable:
+    """A stage as plans of kernels, each replayed as a CUDA graph once its size has come twice.
+
+    graph     what it computes
+    volatile  names of the inputs that come from the caller: they are copied to the graph's own tensors.  The others are
+              buffers of earlier stages, which stay at their addresses and are read where they are, unless they are rows
+              of a table
+    device    what the choice of kernels knows of the GPU
+    """
+
+    def __init__(self, graph: Graph, config: Config, volatile: frozenset[str], device: torch.device) -> None:
+        self.graph, self.config = graph, config
+        self._index = device.index if device.index is not None else torch.cuda.current_device()
+        self._device: Device = device_of(self._index)
+        self._volatile = [p.meta["source"] in volatile for p in graph.placeholders(*INPUT_ROLES)]
+        self._weights: dict[str, torch.Tensor] = {}
+        self._places: tuple[Any, ...] = ()
+        self._number = next(_numbers)
+        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self.records = 0
+
+    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take the weights.  Where they stay at their addresses, recorded graphs stay valid."""
+        self._weights = dict(weights)
+        places = tuple((w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights.values())
+        if places != self._places:
+            self._plans.clear()
+            self._pool.forget(self._number)
+        self._places = places
+
+    def run(self, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
+        key = tuple((v.shape, v.dtype, v.stride()) if isinstance(v, torch.Tensor) else v for v in inputs)
+        plan = self._plans.get(key)
+        if plan is None:
+            return self._pool.run(lambda: self._first(key, inputs))
+        self._plans.move_to_end(key)
+        if not self.config.cuda_graphs:
+            return self._pool.run(lambda: self._again(plan, inputs))
+        results = self._pool.replay((self._number, key), inputs)
+        if results is None:
+            self._record(key, plan, inputs)
+            results = self._pool.replay((self._number, key), inputs)
+            assert results is not None
+        return results
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Of the sizes in use, the latest last."""
+        return list(self._plans.values())
+
+    @property
+    def _pool(self) -> GraphPool:
+        return pool_of(self._index)
+
+    def _first(self, key: Any, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
+        with _full_precision():
+            plan, results = lower(self.graph, arguments_of(self.graph, self._weights, inputs), self._device)
+        self._plans[key] = plan
+        while len(self._plans) > self.config.max_plans:
+            self._plans.popitem(last=False)
+        return results
+
+    def _again(self, plan: Plan, inputs: Sequence[Any]) -> list[Any]:
+        with _full_precision():
+            return plan.run(arguments_of(self.graph, self._weights, inputs))
+
+    def _record(self, key: Any, plan: Plan, inputs: Sequence[torch.Tensor | int]) -> None:
+        own = [
+            torch.empty_like(value) if isinstance(value, torch.Tensor) and (volatile or not _is_whole(value)) else value
+            for value, volatile in zip(inputs, self._volatile, strict=True)
+        ]
+        self._pool.record((self._number, key), own, lambda: self._again(plan, own))
+        self.records += 1
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is no part of a larger one, such as a row of the schedule's table, which moves at every step."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """cuBLAS may add up partial sums in half precision where nobody forbids it."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = before
