@@ -28,7 +28,7 @@ INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH) $(TORCH_INDEX) $(EXTRAS)'
 help:
 	@echo "make demo    draw a sheet of pictures, optimized beside eager, and verify them"
 	@echo "make test    ruff, mypy and samples of every test (what CI runs)"
-	@echo "make prove   the full tests and benchmarks, written to benchmarks/"
+	@echo "make prove   the full tests and benchmarks, written to benchmarks/; an hour or two, goes on where it was stopped"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the speed of the embedded model, side by side"
 
@@ -39,16 +39,29 @@ test: lint
 	$(BIN)/python -m pytest
 
 # Every number of the README comes from a file that one of these commands wrote under benchmarks/.
-prove: lint
-	$(BIN)/python -m pytest -m "slow or not slow"
-	$(BIN)/python -m allaprima.verification --model emoji --dtype float32
-	$(BIN)/python -m allaprima.verification --model emoji --dtype bfloat16
-	$(BIN)/python -m allaprima.verification --model emoji-zh --dtype float32
-	$(BIN)/python -m allaprima.verification --model emoji-zh-3d --dtype float32
-	$(BIN)/allaprima bench --model emoji --dtype float32
-	$(BIN)/allaprima bench --model emoji --dtype bfloat16
-	$(BIN)/allaprima bench --arch sd15 --dtype float32 --what step --sizes 256x256,512x512
-	$(BIN)/allaprima bench --arch sd15 --dtype bfloat16 --what step --sizes 256x256,512x512
+PROOFS := tests captures verify-float32 verify-bfloat16 verify-zh verify-zh-3d \
+	bench-float32 bench-bfloat16 bench-sd15-float32 bench-sd15-bfloat16
+RUN_tests               = python -m pytest -m "slow or not slow"
+RUN_captures            = python -m allaprima.verification.captures
+RUN_verify-float32      = python -m allaprima.verification --model emoji --dtype float32
+RUN_verify-bfloat16     = python -m allaprima.verification --model emoji --dtype bfloat16
+RUN_verify-zh           = python -m allaprima.verification --model emoji-zh --dtype float32
+RUN_verify-zh-3d        = python -m allaprima.verification --model emoji-zh-3d --dtype float32
+RUN_bench-float32       = allaprima bench --model emoji --dtype float32
+RUN_bench-bfloat16      = allaprima bench --model emoji --dtype bfloat16
+RUN_bench-sd15-float32  = allaprima bench --arch sd15 --dtype float32 --what step --sizes 256x256,512x512
+RUN_bench-sd15-bfloat16 = allaprima bench --arch sd15 --dtype bfloat16 --what step --sizes 256x256,512x512
+
+# What these sources have been through already; started again, `make prove` goes on after it.
+SOURCES := src tests pyproject.toml
+PROVED := build/proved-$(shell { echo '$(INSTALLED)'; git rev-parse $(SOURCES:%=HEAD:%); git diff HEAD -- $(SOURCES); } \
+	2>/dev/null | cksum | cut -d ' ' -f 1)
+
+prove: lint $(PROOFS:%=$(PROVED)/%)
+
+$(PROVED)/%: | $(INSTALLED)
+	$(BIN)/$(RUN_$*)
+	@mkdir -p $(@D) && touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -98,6 +98,19 @@ def test_every_command_of_the_documents_exists(document: Path) -> None:
             assert given <= options_of(words[1]), words
 
 
+def test_prove_runs_every_proof_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    def planned() -> str:
+        command = ["make", "--dry-run", "prove", f"PROVED={tmp_path}"]
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=plain).stdout
+
+    proofs = ["-m pytest", "verification.captures", "--model emoji-zh-3d", "bench --arch sd15 --dtype bfloat16"]
+    assert [proof for proof in proofs if proof not in planned()] == []
+    for name in ("tests", "captures"):
+        (tmp_path / name).touch()
+    assert [proof for proof in proofs if proof in planned()] == proofs[2:]
+
+
 def test_the_readme_has_its_two_commands() -> None:
     lines = [" ".join(words) for words in command_lines(ROOT / "README.md")]
     assert {"make demo", "make test"} <= set(lines)
