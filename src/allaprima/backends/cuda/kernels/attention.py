@@ -320,8 +320,8 @@ _SINGLE_SPLIT = tuple(replace(b, **_BOTH) for b in _SINGLE)
 HALF_BLOCKS: dict[int, tuple[Blocks, ...]] = {
     32: (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), *_SINGLE),
     40: (
-        Blocks(128, 64, 8, 3, split_v=True, ones=True, registers=128),
-        Blocks(64, 64, 4, 3, split_v=True, ones=True, registers=128),
+        Blocks(128, 64, 8, 3, split_v=True, ones=True),
+        Blocks(64, 64, 4, 3, split_v=True, ones=True),
         Blocks(128, 64, 4, 3, split_v=True, ones=True),
         *_SINGLE_SPLIT,
     ),
