@@ -295,7 +295,7 @@ def normalise_tile(
 class Whole:
     """One program holds the groups in up to `cols` channels and walks through the pixels.
 
-    unroll  16-byte loads that a thread has in flight (for f32: pairs of them)
+    unroll  16-byte loads that a thread has in flight
     """
 
     cols: int
@@ -305,6 +305,10 @@ class Whole:
     def slots(self, cols: int) -> int:
         """Pixels that one load of all threads covers."""
         return 32 * self.num_warps * ALIGN // cols
+
+    def depth(self, itemsize: int) -> int:
+        """Pixels that a thread holds at once: half as many in f32, where one takes two loads."""
+        return max(1, 2 * self.unroll // itemsize)
 
 
 @dataclass(frozen=True)
@@ -348,14 +352,14 @@ MODES = ((False, False), (False, True), (True, True))
 
 @functools.cache
 def _whole_form(dtype: torch.dtype, p: Whole, align: int, two: bool, silu: bool) -> Variant:
-    tile = dict(COLS=p.cols, SLOTS=p.slots(p.cols), UNROLL=p.unroll)
+    tile = dict(COLS=p.cols, SLOTS=p.slots(p.cols), UNROLL=p.depth(dtype.itemsize))
     constants = dict(ALIGN=align, TWO=two, SILU=silu) | tile
     return Variant(normalise_whole, (dtype,) * 6 + (1,) * 15 + (1.0,), constants, p.num_warps, 1)
 
 
 @functools.cache
 def _partial_form(dtype: torch.dtype, p: Split, align: int, two: bool) -> Variant:
-    tile = dict(COLS=p.cols, SLOTS=p.slots(p.cols), UNROLL=p.unroll)
+    tile = dict(COLS=p.cols, SLOTS=p.slots(p.cols), UNROLL=p.depth(dtype.itemsize))
     arguments = (dtype,) * 3 + (torch.float32,) + (1,) * 14
     return Variant(partial_statistics, arguments, dict(ALIGN=align, TWO=two) | tile, p.num_warps, 1)
 
@@ -367,7 +371,7 @@ def _finish_form() -> Variant:
 
 @functools.cache
 def _tile_form(dtype: torch.dtype, p: Split, align: int, two: bool, silu: bool) -> Variant:
-    tile = dict(COLS=p.apply_cols, SLOTS=p.slots(p.apply_cols), UNROLL=p.unroll, STEP=MERGE)
+    tile = dict(COLS=p.apply_cols, SLOTS=p.slots(p.apply_cols), UNROLL=p.depth(dtype.itemsize), STEP=MERGE)
     arguments = (dtype,) * 5 + (torch.float32, dtype) + (1,) * 19 + (1.0,)
     return Variant(normalise_tile, arguments, dict(ALIGN=align, TWO=two, SILU=silu) | tile, p.num_warps, 1)
 
@@ -572,7 +576,8 @@ def launches_of(
         arguments = (x, second, *vectors, out, *strides, *has, work.pixels, total, span, width, eps)
         return (Launch(_whole_form(x.dtype, p, a, two, silu), (spans, work.batch), arguments),)
 
-    num, part = _parts(work.pixels, p.programs, work.batch * spans, p.slots(p.cols) * p.unroll)
+    depth = p.depth(x.element_size())
+    num, part = _parts(work.pixels, p.programs, work.batch * spans, p.slots(p.cols) * depth)
     partial = torch.empty((work.batch, groups, 2, num), dtype=torch.float32, device=x.device)
     arguments = (x, second, vectors[2], partial, *reading, *steps, extra, has[2])
     arguments += (work.pixels, total, span, width, groups, num, part)
@@ -583,7 +588,7 @@ def launches_of(
         launches.append(Launch(_finish_form(), (work.batch * groups,), given))
         partial, num, part = merged, 1, work.pixels
     blocks = -(-work.channels // p.apply_cols)
-    tiles, tile = _parts(work.pixels, p.programs, work.batch * blocks, p.slots(p.apply_cols) * p.unroll)
+    tiles, tile = _parts(work.pixels, p.programs, work.batch * blocks, p.slots(p.apply_cols) * depth)
     arguments = (x, second, *vectors, partial, out, *strides, *has, work.pixels, total, width, groups)
     arguments += (num, part, tiles, tile, eps)
     launches.append(Launch(_tile_form(x.dtype, p, a, two, silu), (tiles * blocks, work.batch), arguments))
@@ -674,7 +679,7 @@ def estimate_us(
 
     What an earlier kernel wrote is taken to be in the second-level cache where it fits half of that.
     """
-    p, width = parameters, channels // groups
+    p, width, depth = parameters, channels // groups, parameters.depth(itemsize)
     count = _count(width, groups, p, ALIGN) or _count(width, groups, p, 1)
     if not count:
         return math.inf
@@ -686,16 +691,16 @@ def estimate_us(
     if not isinstance(p, Split):
         waves = -(-batch * spans // device.num_sms)
         own = count * width * pixels * itemsize
-        loops = -(-pixels // (p.slots(p.cols) * p.unroll))
+        loops = -(-pixels // (p.slots(p.cols) * depth))
         # The second read comes from the first-level cache while the program's data fit it.
         reads = 1.5 if own <= device.shared_bytes else 2.0
         program = 2 * LATENCY_US + (loops - 1) * LATENCY_US + (reads + 1) * own / share
         return LAUNCH_US + max(waves * program, 3 * num_bytes / rate)
-    num, part = _parts(pixels, p.programs, batch * spans, p.slots(p.cols) * p.unroll)
+    num, part = _parts(pixels, p.programs, batch * spans, p.slots(p.cols) * depth)
     blocks = -(-channels // p.apply_cols)
-    tiles, tile = _parts(pixels, p.programs, batch * blocks, p.slots(p.apply_cols) * p.unroll)
-    first = _kernel_us(batch * spans * num, part, p.slots(p.cols) * p.unroll, num_bytes / rate, device)
-    second = _kernel_us(batch * blocks * tiles, tile, p.slots(p.apply_cols) * p.unroll, 2 * num_bytes / rate, device)
+    tiles, tile = _parts(pixels, p.programs, batch * blocks, p.slots(p.apply_cols) * depth)
+    first = _kernel_us(batch * spans * num, part, p.slots(p.cols) * depth, num_bytes / rate, device)
+    second = _kernel_us(batch * blocks * tiles, tile, p.slots(p.apply_cols) * depth, 2 * num_bytes / rate, device)
     finish = LAUNCH_US + LATENCY_US if num > min(p.merged, MERGE) else 0.0
     # The second kernel waits for the statistics, merged or not, before it waits for its pixels.
     return 2 * LAUNCH_US + first + finish + LATENCY_US + second
