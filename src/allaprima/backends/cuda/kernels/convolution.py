@@ -196,8 +196,9 @@ def conv_kernel(
         r += next_row
 
     # Found again, by a term that is 0 and that the compiler cannot know: else they occupy registers during the loop.
-    again = pid_m * BLOCK_M + tl.where(num_splits < 0, 1, 0)
-    image, a, b, inside = _positions(again, total, num_a, num_b, first_a, first_b, BLOCK_M)
+    again = tl.where(num_splits < 0, 8, 0)
+    image, a, b, inside = _positions(again + pid_m * BLOCK_M, total, num_a, num_b, first_a, first_b, BLOCK_M)
+    n = again + pid_n * (BLOCK_N + MORE_N) + tl.arange(0, BLOCK_N)
     pixel = (a * step + row_phase) * columns + b * step + column_phase
     area = rows * columns
     _store(

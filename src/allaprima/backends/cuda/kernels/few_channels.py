@@ -132,7 +132,7 @@ def patch_kernel(
 # ------------------------------------------------------------------------------------------------------- parameters
 @dataclass(frozen=True)
 class Flat:
-    """The gathered product: m pixels by n outputs, 64 places of the short axis a step."""
+    """The gathered product: m pixels by n outputs."""
 
     m: int
     n: int
@@ -157,7 +157,7 @@ class Patch:
         return f"patch {self.rows}x{self.columns} warps={self.warps} stages={self.stages}"
 
 
-FLATS = (Flat(64, 64, 4), Flat(32, 128, 4))
+FLATS = (Flat(64, 64, 4), Flat(32, 64, 4))
 PATCHES = (Patch(16, 16, 8, 2), Patch(8, 16, 4, 3))
 MAX_FLAT_CHANNELS = 16
 """From here on whole tiles of channels are worth more than the padding of the axis."""
@@ -165,7 +165,7 @@ MAX_FLAT_CHANNELS = 16
 
 @functools.cache
 def _flat_variant(dtype: torch.dtype, flat: Flat, align: int) -> Variant:
-    constants = {"ALIGN": align, "BLOCK_M": flat.m, "BLOCK_N": flat.n, "BLOCK_K": 64}
+    constants = {"ALIGN": align, "BLOCK_M": flat.m, "BLOCK_N": flat.n, "BLOCK_K": 32 if dtype.itemsize == 4 else 64}
     return Variant(flat_kernel, (*(dtype,) * 5, *(1,) * 22), constants, flat.warps, 1)
 
 
