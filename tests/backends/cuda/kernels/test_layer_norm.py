@@ -103,6 +103,15 @@ def test_constant_rows(device: torch.device, value: float) -> None:
     assert torch.equal(kernels.layer_norm(x, (65,), None, bias, EPS, parameters=WARP), bias.expand(3, 65))
 
 
+def test_the_sum_is_rounded_before_it_is_normalised(device: torch.device) -> None:
+    """Half precision has no number between 2048 and 2050: the sums differ, their roundings do not."""
+    x = torch.full((2, 64), 2048.0, dtype=torch.float16, device=device)
+    residual = torch.linspace(0, 0.9, 64, device=device).half().expand(2, 64).contiguous()
+    total, normal = kernels.add_layer_norm(x, residual, None, None, EPS, parameters=WARP)
+    assert torch.equal(total, x)
+    assert not normal.any()
+
+
 def test_rows_that_are_a_slice_of_wider_ones(device: torch.device) -> None:
     wide = numbers(device, torch.float16, 2, 7, 192)
     x = wide[..., 64:128]
