@@ -127,6 +127,8 @@ class Engine:
         return self
 
     def remove(self) -> None:
+        self._runners.clear()
+        self._sources.release()
         if self.module.__dict__.get("forward") is not self:
             self.bypassed = True  # somebody wrapped the engine, or put another in its place: step aside
         elif self._replaced is not None:

@@ -207,6 +207,17 @@ def test_a_replaced_parameter_moves_into_the_buffer_that_stays() -> None:
     assert {name: v.data_ptr() for name, v in adopted.values.items()} == addresses
 
 
+def test_released_parameters_have_memory_of_their_own() -> None:
+    adopted = Adopted()
+    adopted.sources.release()
+    for name, parameter in adopted.module.named_parameters():
+        assert torch.equal(parameter, adopted.before[name])
+        assert parameter.is_contiguous()
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
+    adopted.look()
+    adopted.check()
+
+
 def test_another_dtype_is_another_buffer() -> None:
     adopted = Adopted()
     adopted.module.double()

@@ -30,6 +30,7 @@ class Sources:
         self._module = module
         self._seen: dict[str, tuple[torch.Tensor, tuple[int, int, torch.dtype]]] = {}
         self.tensors: dict[str, torch.Tensor] = {}
+        self._adopted: set[str] = set()
 
     def refresh(self) -> set[str]:
         """Read the module again.  returns the names whose tensor or version is new."""
@@ -50,10 +51,18 @@ class Sources:
         """Let a parameter live in `view`, which holds its numbers."""
         parameter = self._seen[name][0]
         parameter.data = view
+        self._adopted.add(name)
         for other, (tensor, _) in list(self._seen.items()):
             if tensor is parameter:
                 self._seen[other] = (parameter, _state(parameter))
                 self.tensors[other] = parameter.detach()
+
+    def release(self) -> None:
+        """Give every adopted parameter memory of its own again, in the common order."""
+        parameters = dict(self._module.named_parameters(remove_duplicate=False))
+        for name in self._adopted & parameters.keys():
+            parameters[name].data = parameters[name].data.clone(memory_format=torch.contiguous_format)
+        self._adopted.clear()
 
     def forget(self) -> None:
         """Take every tensor for changed at the next look (writes through `.data` leave no trace)."""
