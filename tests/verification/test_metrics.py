@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from allaprima.verification.metrics import highest, lowest, psnr, ratio, ssim
+from allaprima.verification.metrics import highest, lowest, median, psnr, ratio, ssim
 
 
 def test_psnr() -> None:
@@ -41,6 +41,18 @@ def test_ratio_of_errors() -> None:
     assert ratio(2.0, 1.0) == 2
     assert ratio(0.0, 0.0) == 0
     assert ratio(1e-9, 0.0) == math.inf
+    assert math.isnan(ratio(math.nan, 1.0))
+
+
+@pytest.mark.parametrize("none", [math.nan, math.inf])
+def test_where_eager_has_no_number_a_number_of_ours_is_right(none: float) -> None:
+    assert ratio(1e-3, none) == 0
+    assert math.isnan(ratio(none, none)), "nobody can say that this is the same picture"
+
+
+def test_a_median_is_no_number_if_a_value_is_none() -> None:
+    assert median([3.0, 1.0, 2.0]) == 2
+    assert math.isnan(median([1.0, math.nan, 1.0]))
 
 
 def test_a_nan_is_the_lowest_and_the_highest() -> None:

@@ -7,11 +7,10 @@ given eager's latents after every step, and each noise prediction and each decod
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .metrics import highest, lowest, median_rms, ratio, relative_error
+from .metrics import highest, lowest, median, median_rms, ratio, relative_error
 from .recording import Trace
 
 MIN_PSNR = 60.0  # float32: a root mean square of 0.001 of the range, a quarter of one 8-bit level
@@ -78,9 +77,9 @@ def judge(psnrs: Sequence[float], eager: Errors | None, ours: Errors | None, hal
 
 
 def _step_checks(what: str, ours: Sequence[float], eager: Sequence[float]) -> tuple[Check, Check]:
-    median = ratio(statistics.median(ours), statistics.median(eager))
+    usual = ratio(median(ours), median(eager))
     worst = highest([ratio(o, e) for o, e in zip(ours, eager, strict=True)])
     return (
-        Check(f"error of {what} over eager's, median step", median, MAX_MEDIAN_RATIO),
+        Check(f"error of {what} over eager's, median step", usual, MAX_MEDIAN_RATIO),
         Check(f"error of {what} over eager's, worst step", worst, MAX_RATIO),
     )

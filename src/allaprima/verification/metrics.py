@@ -45,7 +45,10 @@ def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def ratio(ours: float, eager: float) -> float:
-    """ours / eager, where nothing over nothing is no error at all."""
+    """ours / eager, where nothing over nothing is no error at all, and neither is a number where eager has none (its
+    half-precision decoder overflowed, and ours was decoded again).  NaN if neither has one."""
+    if not math.isfinite(eager):
+        return 0.0 if math.isfinite(ours) else math.nan
     if eager == 0:
         return math.inf if ours > 0 else 0.0
     return ours / eager
@@ -55,6 +58,11 @@ def median_rms(a: Pixels, b: Pixels) -> float:
     """Root mean square of each picture's difference; the median over the pictures."""
     squares = ((a.astype(np.float64) - b.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
     return float(np.median(np.sqrt(squares)))
+
+
+def median(values: Sequence[float]) -> float:
+    """The median; NaN if a value is."""
+    return float(np.median(values))
 
 
 def lowest(values: Sequence[float]) -> float:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from ..errors import InputError
 from .judging import MAX_MEDIAN_RATIO, MIN_PSNR, Check, Errors
-from .metrics import highest, lowest, ratio
+from .metrics import highest, lowest, median, ratio
 from .report import Report, finite
 
 
@@ -57,14 +54,14 @@ def summarize(reports: Sequence[Report]) -> Summary:
         raise InputError("There is no report to sum up.")
     pairs = [(r.eager, r.ours) for r in reports if r.eager and r.ours]
     medians = {
-        name: statistics.median(ratio(get(ours), get(eager)) for eager, ours in pairs) if pairs else None
+        name: median([ratio(get(ours), get(eager)) for eager, ours in pairs]) if pairs else None
         for name, get in _FREE_ERRORS.items()
     }
     return Summary(
         count=len(reports),
         failed=tuple(r.label for r in reports if not r.passed),
         psnr_lowest=lowest([r.psnr for r in reports]),
-        psnr_median=float(np.median([r.psnr for r in reports])),
+        psnr_median=median([r.psnr for r in reports]),
         ssim_lowest=lowest([r.ssim for r in reports]),
         latent_difference_highest=highest([highest(r.latent_differences) for r in reports]),
         picture_ratio_median=medians["picture"],
@@ -78,7 +75,7 @@ def summarize(reports: Sequence[Report]) -> Summary:
 _FREE_ERRORS: dict[str, Callable[[Errors], float]] = {
     "picture": lambda errors: errors.picture,
     "latents": lambda errors: errors.latents,
-    "step": lambda errors: statistics.median(errors.steps),
+    "step": lambda errors: median(errors.steps),
 }
 
 
