@@ -45,12 +45,12 @@ RUN_tests               = python -m pytest -m "slow or not slow"
 RUN_captures            = python -m allaprima.verification.captures
 RUN_verify-float32      = python -m allaprima.verification --model emoji --dtype float32
 RUN_verify-bfloat16     = python -m allaprima.verification --model emoji --dtype bfloat16
-RUN_verify-zh           = python -m allaprima.verification --model emoji-zh --dtype float32
-RUN_verify-zh-3d        = python -m allaprima.verification --model emoji-zh-3d --dtype float32
+RUN_verify-zh           = python -m allaprima.verification --model emoji-zh --dtype float32 --prompts 12
+RUN_verify-zh-3d        = python -m allaprima.verification --model emoji-zh-3d --dtype float32 --prompts 12
 RUN_bench-float32       = allaprima bench --model emoji --dtype float32
 RUN_bench-bfloat16      = allaprima bench --model emoji --dtype bfloat16
-RUN_bench-sd15-float32  = allaprima bench --arch sd15 --dtype float32 --what step --sizes 256x256,512x512
-RUN_bench-sd15-bfloat16 = allaprima bench --arch sd15 --dtype bfloat16 --what step --sizes 256x256,512x512
+RUN_bench-sd15-float32  = allaprima bench --arch sd15 --dtype float32 --what step --sizes 256x256,512x512 --repeats 7
+RUN_bench-sd15-bfloat16 = allaprima bench --arch sd15 --dtype bfloat16 --what step --sizes 256x256,512x512 --repeats 7
 
 # What these sources have been through already; started again, `make prove` goes on after it.
 SOURCES := src tests pyproject.toml

@@ -7,17 +7,21 @@ python -m allaprima.backends.cuda.compile --arch 80 --arch 90  for any GPU, only
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
-from .device import nearest
+from .device import Device, nearest
 from .kernels.variant import ARCHES, Variant
 
 MODULES = ("attention", "convolution", "group_norm", "layer_norm", "linear", "upsampling")
@@ -39,15 +43,52 @@ def one_of_each(variants: Sequence[Variant]) -> list[Variant]:
     return list({v.kernel.__name__: v for v in variants}.values())
 
 
-def warm_up(variants: Sequence[Variant], done: Callable[[], None] = lambda: None) -> None:
-    """Compile for the GPU at hand, on all cores: Triton's compiler runs outside of Python's lock most of the time."""
+def warm_up(variants: Sequence[Variant]) -> Iterator[str | None]:
+    """Compile for the GPU at hand, on all cores: Triton's compiler runs outside of Python's lock most of the time.
 
-    def one(variant: Variant) -> None:
-        variant.warm_up()
-        done()
+    yields  for each form what went wrong, or None
+    """
+
+    def one(variant: Variant) -> str | None:
+        try:
+            variant.warm_up()
+        except Exception as error:  # the compiler raises anything; the other forms may do
+            return f"{variant.name}: {type(error).__name__}: {str(error).strip()[:300]}"
+        return None
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(one, variants))
+        yield from pool.map(one, variants)
+
+
+def ensure(dtype: torch.dtype, device: Device, cache_dir: Path | None) -> None:
+    """Compile every form for tensors of `dtype`, unless that was done on this machine before.
+
+    Triton keeps what it compiled; a file in `cache_dir` says that all of it is there.
+    """
+    if (dtype, device.arch) in _ensured:
+        return
+    _ensured.add((dtype, device.arch))
+    variants = every_variant([dtype])
+    done = cache_dir / "kernels" / f"{_digest(variants, device)}.txt" if cache_dir else None
+    if done is not None and done.exists():
+        return
+    console = Console(stderr=True)
+    said = f"compiling {len(variants)} kernels, once on this machine"
+    wrong = [text for text in track(warm_up(variants), said, len(variants), console=console, transient=True) if text]
+    if done is not None:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text("\n".join(wrong), encoding="utf-8")
+
+
+_ensured: set[tuple[torch.dtype, int]] = set()
+
+
+def _digest(variants: Sequence[Variant], device: Device) -> str:
+    import triton
+
+    kernels = {v.kernel.__name__: v.kernel.cache_key for v in variants}
+    parts = (triton.__version__, str(device.arch), repr(sorted(kernels.items())), *sorted(v.name for v in variants))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -101,9 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.sample:
         variants = one_of_each(variants)
     if not given.arch:
-        warm_up(variants)
-        print(f"{len(variants)} forms compiled")
-        return 0
+        failed = [text for text in track(warm_up(variants), "compiling", len(variants)) if text]
+        print("\n".join([*failed, f"{len(variants)} forms compiled, {len(failed)} failed"]))
+        return 1 if failed else 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         checked = list(pool.map(lambda pair: check(*pair), [(v, a) for a in given.arch for v in variants]))
     wrong = problems(checked)

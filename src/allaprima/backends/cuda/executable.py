@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,11 +13,16 @@ from typing import Any
 import torch
 
 from ...config import Config
+from ...errors import is_out_of_memory
 from ...graph import Graph
 from ..base import INPUT_ROLES
+from .compile import ensure
 from .device import Device, device_of
 from .graphs import GraphPool, pool_of
 from .plan import Plan, arguments_of, lower
+
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32)
+"""The dtypes that the kernels compute in."""
 
 _numbers = itertools.count()
 
@@ -39,7 +46,9 @@ class CudaExecutable:
         self._places: tuple[Any, ...] = ()
         self._number = next(_numbers)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._unrecorded: str | None = None
         self.records = 0
+        weakref.finalize(self, self._pool.forget, self._number).atexit = False
 
     def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take the weights.  Where they stay at their addresses, recorded graphs stay valid."""
@@ -56,14 +65,13 @@ class CudaExecutable:
         if plan is None:
             return self._pool.run(lambda: self._first(key, inputs))
         self._plans.move_to_end(key)
-        if not self.config.cuda_graphs:
-            return self._pool.run(lambda: self._again(plan, inputs))
-        results = self._pool.replay((self._number, key), inputs)
-        if results is None:
-            self._record(key, plan, inputs)
+        if self.config.cuda_graphs and self._unrecorded is None:
             results = self._pool.replay((self._number, key), inputs)
-            assert results is not None
-        return results
+            if results is None and self._record(key, plan, inputs):
+                results = self._pool.replay((self._number, key), inputs)
+            if results is not None:
+                return results
+        return self._pool.run(lambda: self._again(plan, inputs))
 
     @property
     def plans(self) -> list[Plan]:
@@ -75,6 +83,8 @@ class CudaExecutable:
         return pool_of(self._index)
 
     def _first(self, key: Any, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
+        for dtype in {w.dtype for w in self._weights.values() if w.dtype in COMPUTED}:
+            ensure(dtype, self._device, self.config.cache_dir)
         with _full_precision():
             plan, results = lower(self.graph, arguments_of(self.graph, self._weights, inputs), self._device)
         self._plans[key] = plan
@@ -86,13 +96,23 @@ class CudaExecutable:
         with _full_precision():
             return plan.run(arguments_of(self.graph, self._weights, inputs))
 
-    def _record(self, key: Any, plan: Plan, inputs: Sequence[torch.Tensor | int]) -> None:
-        own = [
-            torch.empty_like(value) if isinstance(value, torch.Tensor) and (volatile or not _is_whole(value)) else value
-            for value, volatile in zip(inputs, self._volatile, strict=True)
-        ]
-        self._pool.record((self._number, key), own, lambda: self._again(plan, own))
+    def _record(self, key: Any, plan: Plan, inputs: Sequence[torch.Tensor | int]) -> bool:
+        """Record the plan.  returns False, and says so, where that cannot be done: it runs launch by launch then."""
+        with torch.inference_mode(False):
+            own = [
+                torch.empty_like(v) if isinstance(v, torch.Tensor) and (volatile or not _is_whole(v)) else v
+                for v, volatile in zip(inputs, self._volatile, strict=True)
+            ]
+        try:
+            self._pool.record((self._number, key), own, lambda: self._again(plan, own))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self._unrecorded = str(error).strip()[:200]
+            warnings.warn(f"no CUDA graph could be recorded: {self._unrecorded}", RuntimeWarning, stacklevel=2)
+            return False
         self.records += 1
+        return True
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import RLock
 from typing import Any
 
@@ -35,35 +37,54 @@ class Recorded:
         if moved:
             torch._foreach_copy_([m for m, _ in moved], [g for _, g in moved])
         self.graph.replay()
-        return [r.clone() if isinstance(r, torch.Tensor) else r for r in self.made]
+        return _copies(self.made)
 
 
 class GraphPool:
     """All graphs of one GPU.
 
     They share their working memory, so one runs at a time: each waits for the one before, whatever stream that was on.
+    What they hand out lies outside of it, or the next graph would write over it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.memory = torch.cuda.MemPool()
+        with torch.cuda.device(device):
+            self.memory = torch.cuda.MemPool()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.lock = RLock()
         self._last = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._recorded: OrderedDict[tuple[int, Any], Recorded] = OrderedDict()
+        # Graphs have to go before the pool and before CUDA does; when the interpreter ends, nothing else sees to that.
+        atexit.register(self.clear)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
         with self.lock, torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self._last)
-            yield
-            self._last.record(stream)
+            try:
+                yield
+            finally:
+                self._last.record(stream)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On the stream that records: blocks of the pool belong to a stream, so that all work on one shares them."""
+        stream = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            stream.wait_stream(self.stream)
 
     def run(self, work: Callable[[], list[Any]]) -> list[Any]:
         """Run without recording, in the pool's memory."""
-        with self._turn(), torch.cuda.use_mem_pool(self.memory, self.device):
-            return [r.clone() if isinstance(r, torch.Tensor) else r for r in work()]
+        with self._turn():
+            with self._aside(), torch.cuda.use_mem_pool(self.memory, self.device):
+                made = work()
+            return _copies(made)
 
     def replay(self, key: tuple[int, Any], inputs: Sequence[Any]) -> list[Any] | None:
         """Results of the graph recorded under `key`, or None."""
@@ -77,19 +98,40 @@ class GraphPool:
     def record(self, key: tuple[int, Any], own: list[Any], work: Callable[[], list[Any]]) -> None:
         """Record `work`, which reads `own`.  raises RuntimeError where something in it cannot be recorded"""
         with self._turn():
-            before = torch.cuda.mem_get_info(self.device)[0]
+            before = self._beside_the_allocator()
             graph = torch.cuda.CUDAGraph()
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                graph.capture_begin(pool=self.memory.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
-                try:
-                    made = work()
-                finally:
-                    graph.capture_end()
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            nbytes = max(0, before - torch.cuda.mem_get_info(self.device)[0])
+            # A tensor made in inference mode could not be written to outside of it; CUDAGraph makes some of its own.
+            with self._aside(), torch.inference_mode(False), torch.no_grad(), _no_collection():
+                made = self._captured(graph, work)
+            nbytes = max(0, self._beside_the_allocator() - before)
             self._recorded[key] = Recorded(own, made, graph, nbytes)
             self._keep_budget()
+
+    def _captured(self, graph: torch.cuda.CUDAGraph, work: Callable[[], list[Any]]) -> list[Any]:
+        graph.capture_begin(pool=self.memory.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
+        try:
+            made = work()
+        except BaseException:
+            self._abandon(graph)
+            raise
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            self._abandon(graph)
+            raise
+        return made
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a failure: end the recording, and let the allocator forget that its memory was the graph's."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError):  # torch 2.11 leaves this out where ending fails
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.memory.id)  # type: ignore[attr-defined]
+
+    def _beside_the_allocator(self) -> int:
+        """Bytes in use on the GPU that torch's allocator knows nothing of: among them, recorded graphs."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free - torch.cuda.memory_reserved(self.device)
 
     def forget(self, owner: int) -> None:
         """Drop the graphs of one executable."""
@@ -97,12 +139,38 @@ class GraphPool:
             for key in [k for k in self._recorded if k[0] == owner]:
                 self._recorded.pop(key).graph.reset()
 
+    def clear(self) -> None:
+        """Drop all graphs."""
+        with self.lock:
+            while self._recorded:
+                self._recorded.popitem()[1].graph.reset()
+
     def _keep_budget(self) -> None:
-        while len(self._recorded) > 1 and sum(r.nbytes for r in self._recorded.values()) > GRAPH_BUDGET_BYTES:
+        while len(self._recorded) > 1 and self.graph_bytes() > GRAPH_BUDGET_BYTES:
             self._recorded.popitem(last=False)[1].graph.reset()
+
+    def graph_bytes(self) -> int:
+        """What recording took, besides the pool."""
+        return sum(r.nbytes for r in list(self._recorded.values()))
 
     def __len__(self) -> int:
         return len(self._recorded)
+
+
+def _copies(made: list[Any]) -> list[Any]:
+    return [r.clone() if isinstance(r, torch.Tensor) else r for r in made]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: it may free CUDA objects in the middle of a recording, which ends it with an error."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @functools.cache

@@ -87,16 +87,32 @@ def lower(graph: Graph, given: Mapping[str, Any], device: Device) -> tuple[Plan,
     """
     plan, values = Plan(), dict[Node, Any]()
     slots: dict[Node, int] = {}
+    last_read = _last_reads(graph)
     for node in graph.fx.nodes:
         if node.op == "placeholder":
             values[node] = given[node.name]
             slots[node] = plan.placeholders[node.name] = len(slots)
         elif node.op == "call_function":
             values[node] = _call(node, values, slots, plan, device)
+            for read in last_read.get(node, ()):
+                if read in slots:  # sizes stay: they are written into the plan
+                    del values[read]
     plan.num_slots = len(slots)
     plan.results = [_template(r, values, slots) for r in graph.results]
     plan.launches = _with_ends(plan)
     return plan, [values[r] if isinstance(r, Node) else r for r in graph.results]
+
+
+def _last_reads(graph: Graph) -> dict[Node, list[Node]]:
+    """For each call, what nobody reads after it: kept, all activations of a picture would lie in memory at once."""
+    seen = {r for r in graph.results if isinstance(r, Node)}
+    last: dict[Node, list[Node]] = {}
+    for node in reversed(list(graph.fx.nodes)):
+        if node.op == "call_function":
+            ended = dict.fromkeys(n for n in (*node.all_input_nodes, node) if n not in seen)
+            seen |= ended.keys()
+            last[node] = list(ended)
+    return last
 
 
 def _call(node: Node, values: dict[Node, Any], slots: dict[Node, int], plan: Plan, device: Device) -> Any:
