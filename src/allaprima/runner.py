@@ -50,6 +50,10 @@ class Runner:
 
     def bind(self, sources: Sources) -> bool:
         """Give changed weights to the stages that read them.  returns whether a bound stage was built again."""
+        with torch.inference_mode(False), torch.no_grad():  # buffers of inference mode could not be written to later
+            return self._bound(sources)
+
+    def _bound(self, sources: Sources) -> bool:
         adopt = sources.adopt if self._device.type == "cuda" else None
         changed = self.binding.update(sources.tensors, self.stale if self.bound else sources.tensors, adopt)
         concerned = [
@@ -150,7 +154,8 @@ class _RunningStage:
         tensors = [r for r in results if isinstance(r, torch.Tensor)]
         key = tuple((t.shape, t.dtype) for t in tensors)
         if key not in self._buffers:
-            self._buffers[key] = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+            with torch.inference_mode(False):  # or they could not be written to outside of it
+                self._buffers[key] = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
         self._buffers.move_to_end(key)
         while len(self._buffers) > MAX_BUFFERS:
             self._buffers.popitem(last=False)
