@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,16 +33,29 @@ class Candidate:
 class Choice(Candidate):
     """The candidate that was taken.
 
+    target         the operator
+    forms          its arguments, with a Form for each tensor
     num_arguments  how many of the operator's arguments it takes
     reason         what else there was, in words
     """
 
+    target: Any
+    forms: tuple[Any, ...]
     num_arguments: int
     reason: str
 
     def arranged(self, arguments: Sequence[Any], options: Any) -> tuple[Any, ...]:
         """The operator's arguments as the candidate takes them."""
         return tuple(arguments[: self.num_arguments])
+
+
+class Form(NamedTuple):
+    """What a choice depends on of a tensor; misaligned: bytes between its first element and a multiple of 16."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    misaligned: int
 
 
 @dataclass(frozen=True)
@@ -61,16 +74,16 @@ def choose(target: Any, arguments: Sequence[Any], options: Any, device: Device) 
     operator = OPERATORS.get(target)
     if operator is None or options:
         return None
-    key = target, _key(arguments), device
+    key = target, _forms(arguments), device
     if key not in _chosen:
-        _chosen[key] = _best(operator, arguments, device)
+        _chosen[key] = _best(target, operator, arguments, device)
     return _chosen[key]
 
 
 _chosen: dict[Any, Choice | None] = {}
 
 
-def _best(operator: Operator, arguments: Sequence[Any], device: Device) -> Choice | None:
+def _best(target: Any, operator: Operator, arguments: Sequence[Any], device: Device) -> Choice | None:
     found = sorted(operator.candidates(arguments[: operator.num_arguments], device), key=lambda c: c.estimate_us)
     if not found:
         return None
@@ -78,14 +91,15 @@ def _best(operator: Operator, arguments: Sequence[Any], device: Device) -> Choic
     reason = f"{first.estimate_us:.1f} µs expected"
     if others:
         reason += f"; next {others[0].name}, {others[0].estimate_us:.1f}; of {len(found)}"
-    return Choice(first.name, first.call, first.estimate_us, operator.num_arguments, reason)
+    forms = _forms(arguments)
+    return Choice(first.name, first.call, first.estimate_us, target, forms, operator.num_arguments, reason)
 
 
-def _key(argument: Any) -> Any:
+def _forms(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
-        return argument.shape, argument.stride(), argument.dtype, argument.data_ptr() % 16
+        return Form(argument.shape, argument.stride(), argument.dtype, argument.data_ptr() % 16)
     if isinstance(argument, list | tuple):
-        return tuple(map(_key, argument))
+        return tuple(map(_forms, argument))
     return argument
 
 
