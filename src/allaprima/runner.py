@@ -48,6 +48,11 @@ class Runner:
                 executable, self.backends[when] = build(stage.graph, config, dtype, device, frozenset(program.inputs))
                 self._stages.append(_RunningStage(stage, executable, device))
 
+    @property
+    def executables(self) -> dict[Time, Executable]:
+        """What runs each stage."""
+        return {running.stage.time: running.executable for running in self._stages}
+
     def bind(self, sources: Sources) -> bool:
         """Give changed weights to the stages that read them.  returns whether a bound stage was built again."""
         with torch.inference_mode(False), torch.no_grad():  # buffers of inference mode could not be written to later

@@ -126,7 +126,7 @@ class GraphPool:
         with suppress(RuntimeError):
             graph.capture_end()
         with suppress(RuntimeError):  # torch 2.11 leaves this out where ending fails
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.memory.id)  # type: ignore[attr-defined]
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.memory.id)
 
     def _beside_the_allocator(self) -> int:
         """Bytes in use on the GPU that torch's allocator knows nothing of: among them, recorded graphs."""

@@ -1,0 +1,40 @@
+"""Plans where there is no GPU: an executable that lowers every call, as the one of CUDA does at its first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from allaprima.backends.cuda.device import nearest
+from allaprima.backends.cuda.plan import Plan, arguments_of, lower
+from allaprima.config import Config
+from allaprima.graph import Graph
+
+
+class Planning:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.plans: list[Plan] = []
+
+    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.weights = dict(weights)
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        plan, results = lower(self.graph, arguments_of(self.graph, self.weights, inputs), nearest(90))
+        self.plans.append(plan)
+        return results
+
+
+def plan_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines rewrite and plan as on CUDA; on a GPU they do so anyway."""
+    if torch.cuda.is_available():
+        return
+
+    def build(graph: Graph, config: Config, *rest: Any) -> tuple[Planning, str]:
+        return Planning(graph), "cuda"
+
+    monkeypatch.setattr("allaprima.runner.build", build)
+    monkeypatch.setattr("allaprima.engine.preferred", lambda config, device: ("cuda", ""))
