@@ -101,3 +101,23 @@ def test_eager_variants_draw_the_same(tiny_pipe: Any, name: str) -> None:
         WORKLOADS["step"].outputs(tiny_pipe, case), WORKLOADS["step"].outputs(other, case), strict=True
     ):
         assert torch.allclose(mine, its, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they work")
+@pytest.mark.parametrize("name", ["cuda-graph", "compile-graph"])
+def test_graphs_say_that_they_need_a_gpu(tiny_pipe: Any, name: str) -> None:
+    with pytest.raises(RuntimeError, match="need a GPU"):
+        VARIANTS[name](aliased(tiny_pipe), ["unet"])
+
+
+@pytest.mark.gpu
+def test_a_recorded_pipeline_draws_the_same() -> None:
+    from tests.tiny import tiny_pipeline
+
+    pipe = tiny_pipeline(dtype=torch.float16).to("cuda")
+    other = aliased(pipe)
+    VARIANTS["cuda-graph"](other, COMPONENTS)
+    for what in ("step", "text", "vae", "e2e"):
+        for case in (Case(what, 64, 64, 1, 2), Case(what, 128, 64, 2, 2), Case(what, 64, 64, 1, 2)):
+            error = error_to(WORKLOADS[what].outputs(pipe, case), WORKLOADS[what].outputs(other, case))
+            assert error < error_limit(torch.float16, 1e-3)

@@ -7,6 +7,7 @@ import torch
 
 from allaprima.bench.workloads import WORKLOADS, Case, aliased, cases, component, components_of, subject
 from allaprima.errors import AllaprimaError, InputError
+from tests.tiny import tiny_pipeline
 
 
 def test_every_combination_once() -> None:
@@ -15,19 +16,21 @@ def test_every_combination_once() -> None:
         "step 64x64 batch 1", "step 64x64 batch 2", "step 72x64 batch 1", "step 72x64 batch 2",
         "text batch 1", "text batch 2",
     ]  # fmt: skip
-    with pytest.raises(InputError, match="allowed: step, text, vae, e2e"):
+    with pytest.raises(InputError, match="allowed: step, text, vae, e2e, img2img, inpaint"):
         cases(["unet"], [(64, 64)], [1], 4)
 
 
 def test_components() -> None:
     assert components_of(["vae", "step"]) == ("unet", "vae.decoder")
     assert components_of(["text", "e2e"]) == ("text_encoder", "unet", "vae.decoder")
+    assert components_of(["step", "inpaint"]) == ("text_encoder", "unet", "vae.decoder", "vae.encoder")
 
 
 @pytest.mark.parametrize(
     ("what", "shape"),
-    [("step", (4, 4, 8, 9)), ("text", (2, 77, 32)), ("vae", (2, 3, 64, 72)), ("e2e", (2, 64, 72, 3))],
-)
+    [("step", (4, 4, 8, 9)), ("text", (2, 77, 32)), ("vae", (2, 3, 64, 72)), ("e2e", (2, 64, 72, 3)),
+     ("img2img", (2, 64, 72, 3)), ("inpaint", (2, 64, 72, 3))],
+)  # fmt: skip
 def test_shapes(tiny_pipe: Any, what: str, shape: tuple[int, ...]) -> None:
     case = Case(what, 72, 64, 2, steps=2)
     outputs = WORKLOADS[what].outputs(tiny_pipe, case)
@@ -47,6 +50,27 @@ def test_the_prompt_of_a_step_stays_and_its_timestep_changes(tiny_pipe: Any) -> 
     assert len({id(prompt) for _, _, prompt in arguments}) == 1
     assert len({int(timestep) for _, timestep, _ in arguments}) == 4
     assert all(timestep in tiny_pipe.scheduler.timesteps for _, timestep, _ in arguments)
+
+
+@pytest.mark.parametrize("what", ["img2img", "inpaint"])
+def test_pictures_from_pictures_start_from_the_same_noise_in_every_dtype(what: str) -> None:
+    """torch draws other noise in another dtype; and as many UNet calls are made as from a prompt."""
+    case, found, calls = Case(what, 64, 64, 1, steps=3), {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = tiny_pipeline(dtype=dtype)
+        counted = []
+        pipe.unet.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        (found[dtype],) = WORKLOADS[what].outputs(pipe, case)
+        calls[what] = len(counted)
+        counted.clear()
+        WORKLOADS["e2e"].outputs(pipe, case)
+        calls["e2e"] = len(counted)
+        assert calls[what] == calls["e2e"]
+    # Another noise makes another picture: the difference was 0.1 and more.
+    assert (found[torch.float32] - found[torch.bfloat16]).abs().mean() < 0.02
+    from diffusers.utils import torch_utils
+
+    assert torch_utils.randn_tensor.__name__ == "randn_tensor"
 
 
 def test_an_aliased_pipeline_reads_the_same_weights_and_is_another(tiny_pipe: Any) -> None:

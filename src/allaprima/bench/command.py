@@ -32,7 +32,8 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda; auto takes the GPU w
 WhatOption = Annotated[
     str,
     typer.Option(
-        help="Of step (one UNet call with guidance), text (text encoder), vae (decoding), e2e (prompt to pictures)."
+        help="Of step (one UNet call with guidance), text (text encoder), vae (decoding), e2e (prompt to pictures), "
+        "img2img, inpaint (the same from a picture)."
     ),
 ]
 SizesOption = Annotated[
@@ -42,8 +43,8 @@ BatchesOption = Annotated[str, typer.Option(help="Pictures at once, separated by
 VariantsOption = Annotated[
     str | None,
     typer.Option(
-        help="Of eager, channels-last, openvino, ours; and on request, because they compile for minutes, compile, "
-        "compile-static, max-autotune. Else eager, the best known rival and ours."
+        help="Of eager, channels-last, openvino, cuda-graph, xformers, ours; and on request, because they compile for "
+        "minutes, compile, compile-static, compile-graph, max-autotune. Else eager, the best known rival and ours."
     ),
 ]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="Rounds; in each, every variant is timed once.")]

@@ -34,6 +34,7 @@ class Outcome:
 
     note        why it is not ok
     first_s     the first call at this size: building, capturing or compiling included
+    second_s    the second call: recording a CUDA graph included
     error       root mean square of the difference to the truth, over the truth's largest magnitude
     limit       of that error; the truth is eager itself in float32, else a float32 run
     speedup     name of another variant -> how many times faster this one is; empty unless this one is right
@@ -45,6 +46,7 @@ class Outcome:
     status: Status
     note: str = ""
     first_s: float | None = None
+    second_s: float | None = None
     error: float | None = None
     limit: float | None = None
     times: Times | None = None
@@ -55,6 +57,13 @@ class Outcome:
     @property
     def floor_share(self) -> float | None:
         return self.floor_ms / self.times.median_ms if self.floor_ms and self.times else None
+
+    @property
+    def extra_s(self) -> float | None:
+        """What the first two calls took more than later ones: all that a new size costs."""
+        if self.first_s is None or self.second_s is None or self.times is None:
+            return None
+        return max(0.0, self.first_s + self.second_s - 2 * self.times.median_ms / 1000)
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,20 @@ def _truths(pipe: Any, cases: Sequence[Case], say: Say) -> dict[Case, list[torch
     say("reference")
     judge = aliased(pipe) if pipe.unet.dtype == torch.float32 else precise_copy(pipe, torch.float32)
     judge.set_progress_bar_config(disable=True)
-    return {case: WORKLOADS[case.what].outputs(judge, case) for case in cases}
+    with contextlib.nullcontext() if pipe.unet.dtype == torch.float32 else exact_float32():
+        return {case: WORKLOADS[case.what].outputs(judge, case) for case in cases}
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 means float32: cuDNN takes TF32 for it unless told otherwise, which is no nearer the truth than f16."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def error_to(truth: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
@@ -212,9 +234,10 @@ def _built(pipe: Any, name: str, cases: Sequence[Case], truths: Mapping[Case, An
         say(f"{name}: {case}")
         try:
             with limit():
-                first_s = seconds(WORKLOADS[case.what].cycle(entry.pipe, case), pipe.device)
+                call = WORKLOADS[case.what].cycle(entry.pipe, case)
+                first_s, second_s = (seconds(call, pipe.device) for _ in range(2))
                 error = error_to(truths[case], WORKLOADS[case.what].outputs(entry.pipe, case))
-            entry.found[case] = {"status": "ok", "first_s": first_s, "error": error}
+            entry.found[case] = {"status": "ok", "first_s": first_s, "second_s": second_s, "error": error}
         except (Exception, Unfinished) as raised:
             reason = _reason(raised)
             entry.found[case] = _said(reason)

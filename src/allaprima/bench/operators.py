@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from ..backends.cuda.device import Device
 from ..backends.cuda.plan import Plan, Slot
 from ..graph import target_name
 from ..stage import Time
+from .measure import exact_float32
 from .report import compact
 from .workloads import WORKLOADS, Case, aliased, cases, subject
 
@@ -216,18 +216,6 @@ def _distinct(shape: Sequence[int], stride: Sequence[int]) -> int:
     for size, step in zip(shape, stride, strict=True):
         count *= size if step else min(size, 1)
     return count
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """float32 means float32: cuDNN takes TF32 for it unless told otherwise, which is no nearer the truth than f16."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def truth_of(call: Call, arguments: list[Any]) -> tuple[torch.Tensor, float]:

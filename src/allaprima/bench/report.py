@@ -34,6 +34,7 @@ def records(run: dict[str, Any], results: Results) -> list[dict[str, Any]]:
 def _outcome_record(outcome: Outcome) -> dict[str, Any]:
     case, times = outcome.case, outcome.times
     record = {"kind": "outcome", **asdict(case), **asdict(outcome), "floor_share": outcome.floor_share}
+    record["extra_s"] = outcome.extra_s
     del record["case"], record["times"]
     if times:
         first, third = times.spread_ms

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from .workloads import component
 
@@ -50,6 +51,28 @@ def max_autotune(pipe: Any, components: Sequence[str]) -> None:
     _compile(pipe, components, dynamic=False, mode="max-autotune")
 
 
+def cuda_graph(pipe: Any, components: Sequence[str]) -> None:
+    """eager, channels-last, each component recorded in one CUDA graph a size"""
+    _need_gpu()
+    channels_last(pipe, components)
+    _record(pipe, components)
+
+
+def compiled_graph(pipe: Any, components: Sequence[str]) -> None:
+    """torch.compile(dynamic=False), channels-last, what it makes recorded in one CUDA graph a size"""
+    _need_gpu()
+    compiled_static(pipe, components)
+    _record(pipe, components)
+
+
+def xformers(pipe: Any, components: Sequence[str]) -> None:
+    """eager, channels-last, attention by xformers"""
+    import xformers.ops  # type: ignore[import-not-found]  # noqa: F401  diffusers' own error says less
+
+    channels_last(pipe, components)
+    pipe.unet.enable_xformers_memory_efficient_attention()
+
+
 def openvino(pipe: Any, components: Sequence[str]) -> None:
     """OpenVINO on the raw modules: convert_model as its manual says, dynamic shapes, precision of the pipeline"""
     for path in components:
@@ -70,16 +93,19 @@ VARIANTS: dict[str, Variant] = {
     "compile": compiled,
     "compile-static": compiled_static,
     "max-autotune": max_autotune,
+    "cuda-graph": cuda_graph,
+    "compile-graph": compiled_graph,
+    "xformers": xformers,
     "openvino": openvino,
     "ours": ours,
 }
 # Their first call at a size may take minutes: it runs under --compile-limit.
-LIMITED = ("compile", "compile-static", "max-autotune")
+LIMITED = ("compile", "compile-static", "max-autotune", "compile-graph")
 
 
 def default_variants(device: str) -> list[str]:
     """What is compared when nothing is asked: the fastest that needs no minutes of compiling."""
-    return ["eager", "channels-last", "ours"] if device == "cuda" else ["eager", "openvino", "ours"]
+    return ["eager", "channels-last", "cuda-graph", "ours"] if device == "cuda" else ["eager", "openvino", "ours"]
 
 
 def _compile(pipe: Any, components: Sequence[str], **options: Any) -> None:
@@ -89,6 +115,57 @@ def _compile(pipe: Any, components: Sequence[str], **options: Any) -> None:
         module.forward = torch.compile(module.forward, **options)
 
 
+# ---- CUDA graphs of what others compute ----------------------------------------------------------------------------
+
+
+def _need_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise RuntimeError("CUDA graphs need a GPU")
+
+
+def _record(pipe: Any, components: Sequence[str]) -> None:
+    for path in components:
+        module = component(pipe, path)
+        module.forward = Recorded(module.forward)
+
+
+class Recorded:
+    """Stands in for a `forward`: one CUDA graph for each set of sizes, recorded at the first call with them.
+
+    Inputs are copied to where the graph reads them, results out of where it writes them.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, form = pytree.tree_flatten((args, kwargs))
+        given = [x for x in leaves if isinstance(x, torch.Tensor)]
+        key = str(form), tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
+        if key not in self.graphs:
+            self.graphs[key] = self._recorded(leaves, form)
+        graph, own, made = self.graphs[key]
+        torch._foreach_copy_(own, given)
+        graph.replay()
+        return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, made)
+
+    def _recorded(self, leaves: list[Any], form: Any) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]:
+        own = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        args, kwargs = pytree.tree_unflatten(own, form)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.forward(*args, **kwargs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            made = self.forward(*args, **kwargs)
+        return graph, [x for x in own if isinstance(x, torch.Tensor)], made
+
+
 # ---- OpenVINO on the raw module ------------------------------------------------------------------------------------
 
 # The tensors of each component's call in the order of the converted model, and how a call returns its result.
@@ -96,6 +173,7 @@ _INPUTS = {
     "unet": ("sample", "timestep", "encoder_hidden_states"),
     "text_encoder": ("input_ids",),
     "vae.decoder": ("sample",),
+    "vae.encoder": ("sample",),
 }
 
 
@@ -109,7 +187,7 @@ class RawOpenVINO:
     def __init__(self, module: torch.nn.Module, path: str) -> None:
         import openvino as ov
 
-        self.names, self.returns_tuple = _INPUTS[path], path != "vae.decoder"
+        self.names, self.returns_tuple = _INPUTS[path], not path.startswith("vae.")
         self.signature = inspect.signature(type(module).forward)
         self.module, self.dtype = module, next(module.parameters()).dtype
         # A UNet branches on sizes off this grid, and a trace knows one branch: there it answers in another shape, and

@@ -5,13 +5,17 @@ step   one UNet call with guidance: batch 2·B; the timestep changes from call t
 text   one call of the text encoder: batch B, the longest prompt it takes
 vae    decoding of B latents
 e2e    prompt to PIL pictures: text encoder, scheduler, UNet steps, VAE, conversion
+img2img, inpaint   the same with a picture, and with a picture and a mask, at full strength: as many UNet calls as e2e
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -140,21 +144,79 @@ def _e2e(pipe: Any, arguments: tuple[Any, ...]) -> torch.Tensor:
         guidance_scale=GUIDANCE_SCALE,
         latents=_noise(pipe, case, case.batch),  # torch draws other noise in another dtype
     ).images
+    return _pixels(images)
+
+
+def _pixels(images: Sequence[Any]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255)
 
+
+def _image_arguments(task: str, pipe: Any, case: Case) -> list[tuple[Any, ...]]:
+    from ..pipelines import as_task
+    from ..verification import test_card, test_mask
+
+    given: dict[str, Any] = {"image": test_card(case.width, case.height)}
+    if task == "inpaint":
+        given |= {"mask_image": test_mask(case.width, case.height), "width": case.width, "height": case.height}
+    return [(as_task(pipe, task), case, given)]  # type: ignore[arg-type]
+
+
+def _image(_pipe: Any, arguments: tuple[Any, ...]) -> torch.Tensor:
+    twin, case, given = arguments
+    with _noise_of_float32():
+        return _pixels(
+            twin(
+                [PROMPT] * case.batch,
+                **{k: [v] * case.batch if k.endswith("image") else v for k, v in given.items()},
+                strength=1.0,
+                num_inference_steps=case.steps,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=torch.Generator().manual_seed(0),
+            ).images
+        )
+
+
+@contextmanager
+def _noise_of_float32() -> Iterator[None]:
+    """diffusers draws its noise in float32 and rounds it, so that every dtype gets the same one."""
+    from diffusers.utils import torch_utils
+
+    draw: Callable[..., torch.Tensor] = torch_utils.randn_tensor
+
+    def rounded(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
+        return draw(*args, dtype=torch.float32, **kwargs).to(dtype or torch.float32)
+
+    drawing = [
+        m for name, m in list(sys.modules.items()) if name.startswith("diffusers.") and vars(m).get(_DRAW) is draw
+    ]
+    for module in drawing:
+        setattr(module, _DRAW, rounded)
+    try:
+        yield
+    finally:
+        for module in drawing:
+            setattr(module, _DRAW, draw)
+
+
+_DRAW = "randn_tensor"
 
 WORKLOADS: dict[str, Workload] = {
     "step": Workload("unet", _step_arguments, _step),
     "text": Workload("text_encoder", _text_arguments, _text),
     "vae": Workload("vae.decoder", _vae_arguments, _vae),
     "e2e": Workload(None, _e2e_arguments, _e2e),
+    "img2img": Workload(None, functools.partial(_image_arguments, "img2img"), _image),
+    "inpaint": Workload(None, functools.partial(_image_arguments, "inpaint"), _image),
 }
 COMPONENTS = ("text_encoder", "unet", "vae.decoder")
+FROM_IMAGE = ("img2img", "inpaint")
 
 
 def components_of(what: Sequence[str]) -> tuple[str, ...]:
     """The parts of the pipeline that these workloads run."""
     named = [WORKLOADS[name].component for name in what]
+    if any(name in FROM_IMAGE for name in what):
+        return (*COMPONENTS, "vae.encoder")
     return COMPONENTS if None in named else tuple(path for path in COMPONENTS if path in named)
 
 
@@ -186,7 +248,9 @@ def sd15(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu")
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with torch.random.fork_rng(devices=[]):
+    place = torch.device(device)
+    # Made where it will be: a billion random numbers take a CPU half a minute.
+    with torch.random.fork_rng(devices=[place.index or 0] if place.type == "cuda" else []), place:
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
             sample_size=64,
