@@ -47,16 +47,25 @@ class Errors:
 
 @dataclass(frozen=True)
 class Check:
-    """One condition of the verdict.  A value that is no number fails."""
+    """One condition of the verdict.  A value that is no number fails.
+
+    scatters  the limit is one for the median of many drawings, which a single one may miss by chance
+    """
 
     name: str
     value: float
     limit: float
     at_least: bool = False
+    scatters: bool = False
 
     @property
     def passed(self) -> bool:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    @property
+    def passed_among_many(self) -> bool:
+        """As one of many drawings, whose median has a condition of its own."""
+        return self.passed or (self.scatters and self.value <= MAX_RATIO)
 
     def __str__(self) -> str:
         sign = "≥" if self.at_least else "≤"
@@ -80,6 +89,6 @@ def _step_checks(what: str, ours: Sequence[float], eager: Sequence[float]) -> tu
     usual = ratio(median(ours), median(eager))
     worst = highest([ratio(o, e) for o, e in zip(ours, eager, strict=True)])
     return (
-        Check(f"error of {what} over eager's, median step", usual, MAX_MEDIAN_RATIO),
+        Check(f"error of {what} over eager's, median step", usual, MAX_MEDIAN_RATIO, scatters=True),
         Check(f"error of {what} over eager's, worst step", worst, MAX_RATIO),
     )

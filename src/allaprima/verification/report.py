@@ -47,6 +47,10 @@ class Report:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     @property
+    def passed_among_many(self) -> bool:
+        return bool(self.checks) and all(check.passed_among_many for check in self.checks)
+
+    @property
     def verdict(self) -> str:
         if not self.checks:
             return "not judged: in half precision the judge is a float32 run (truth=True)"
