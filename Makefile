@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH) $(TORCH_INDEX) $(EXTRAS)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test prove lint bench clean help
+.PHONY: demo test prove lint bench gpu clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make prove   the full tests and benchmarks, written to benchmarks/; an hour or two, goes on where it was stopped"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the speed of the embedded model, side by side"
+	@echo "make gpu     tests, timings and profile of a GPU, written to build/gpu; ONLY=compile,bench picks sections"
 
 demo: $(INSTALLED)
 	$(BIN)/python -m allaprima.demo
@@ -69,6 +70,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/allaprima bench
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m allaprima.bench.gpu_session $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

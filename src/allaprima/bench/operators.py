@@ -443,12 +443,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     pipe = subject(given.arch, given.model, given.dtype, given.device)
     points = cases(_words(given.what), _sizes(given.sizes, pipe), _batches(given.batches), 20)
-    told = run(pipe, points, _device_of(pipe.device), given.output, seconds=given.seconds, most=given.most)
+    told = run(pipe, points, device_at(pipe.device), given.output, seconds=given.seconds, most=given.most)
     print(told)
     return 0
 
 
-def _device_of(place: torch.device) -> Device:
+def device_at(place: torch.device) -> Device:
     from ..backends.cuda.device import device_of, nearest
 
     return device_of(place.index or 0) if place.type == "cuda" else nearest(90)

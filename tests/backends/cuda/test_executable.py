@@ -1,0 +1,317 @@
+"""Recording and replaying on a GPU: when, how often, and that nothing is stale, overwritten or waited for."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import allaprima as ap
+from allaprima.backends.cuda import graphs
+from allaprima.bench.workloads import aliased
+from allaprima.config import Config
+from allaprima.pipelines import engines
+from allaprima.stage import Time
+from tests.tiny import tiny_pipeline, tiny_unet
+
+pytestmark = pytest.mark.gpu
+
+HALF = torch.float16
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return tiny_pipeline(dtype=HALF).to("cuda")
+
+
+@pytest.fixture
+def ours(pipe: Any) -> Iterator[Any]:
+    """Another pipeline on the same weights, optimized."""
+    other = aliased(pipe)
+    ap.optimize(other, Config(cache_dir=None))
+    yield other
+    ap.restore(other)
+
+
+def step(pipe: Any, sample: torch.Tensor, timestep: Any, prompt: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return pipe.unet(sample, timestep, encoder_hidden_states=prompt, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+def inputs(height: int = 8, width: int = 8, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = (batch, 4, height, width), (batch, 77, 32)
+    sample, prompt = (torch.randn(s, generator=generator, device="cuda").to(HALF) for s in shapes)
+    return sample, prompt
+
+
+def timesteps(pipe: Any, count: int = 6) -> list[torch.Tensor]:
+    pipe.scheduler.set_timesteps(count, device="cuda")
+    return list(pipe.scheduler.timesteps)
+
+
+def executable(pipe: Any, stage: Time = Time.STEP) -> Any:
+    (runner,) = engines(pipe)["unet"].runners()
+    return runner.executables[stage]
+
+
+def assert_right(ours: torch.Tensor, eager: torch.Tensor) -> None:
+    """Both are half precision; their distance is a few roundings."""
+    assert torch.isfinite(ours).all()
+    assert (ours - eager).float().norm() < 0.01 * eager.float().norm()
+
+
+def test_recorded_at_the_second_use_of_a_size_and_replayed_equal(pipe: Any, ours: Any) -> None:
+    sample, prompt = inputs()
+    t = timesteps(ours)[0]
+    eager = step(pipe, sample, t, prompt)
+    first = step(ours, sample, t, prompt)
+    assert executable(ours).records == 0, "the first use only plans"
+    second, third = (step(ours, sample, t, prompt) for _ in range(2))
+    assert executable(ours).records == 1
+    assert torch.equal(second, third)
+    assert_right(first, eager)
+    assert_right(second, eager)
+
+
+def test_each_step_has_its_own_timestep_and_sample(pipe: Any, ours: Any) -> None:
+    _, prompt = inputs()
+    for i, t in enumerate(timesteps(ours)):
+        sample, _ = inputs(seed=i)
+        assert_right(step(ours, sample, t, prompt), step(pipe, sample, t, prompt))
+    assert executable(ours).records == 1
+
+
+def test_another_prompt_is_written_where_the_graph_reads_it(pipe: Any, ours: Any) -> None:
+    times = timesteps(ours)
+    seen = []
+    for seed in range(4):
+        sample, prompt = inputs(seed=seed)
+        for t in times[:2]:
+            seen.append(step(ours, sample, t, prompt))
+            assert_right(seen[-1], step(pipe, sample, t, prompt))
+    assert executable(ours).records == 1
+    sample, prompt = inputs(seed=9)
+    before = step(ours, sample, times[0], prompt)
+    prompt.mul_(-1)  # in place: the tensor is the same, its version is not
+    after = step(ours, sample, times[0], prompt)
+    assert not torch.equal(before, after)
+    assert_right(after, step(pipe, sample, times[0], prompt))
+    assert executable(ours).records == 1
+
+
+def test_a_weight_written_in_place_reaches_the_graph(pipe: Any, ours: Any) -> None:
+    """As a LoRA is: every kind of weight, merged, in channels-last and folded."""
+    sample, prompt = inputs()
+    t = timesteps(ours)[0]
+    for _ in range(3):
+        step(ours, sample, t, prompt)
+    names = (
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        "down_blocks.0.resnets.0.conv1.weight",
+        "up_blocks.0.upsamplers.0.conv.weight",
+        "time_embedding.linear_1.weight",
+        "conv_out.bias",
+    )
+    own, plain = dict(ours.unet.named_parameters()), dict(pipe.unet.named_parameters())
+    for name in names:
+        before = step(ours, sample, t, prompt)
+        with torch.no_grad():
+            change = torch.randn_like(own[name]) * 0.3
+            own[name] += change
+            if own[name].data_ptr() != plain[name].data_ptr():
+                plain[name] += change
+        after = step(ours, sample, t, prompt)
+        assert not torch.equal(before, after), name
+        assert_right(after, step(pipe, sample, t, prompt))
+    assert executable(ours).records == 1
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_loop_never_waits_for_the_gpu(ours: Any) -> None:
+    sample, prompt = inputs()
+    times = timesteps(ours)
+    for t in times[:3]:
+        step(ours, sample, t, prompt)
+    with no_waiting():
+        latents = sample
+        for t in times:
+            latents = latents - 0.1 * step(ours, latents, t, prompt)
+    with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
+        latents.sum().item()
+
+
+def test_two_sizes_in_turn(pipe: Any, ours: Any) -> None:
+    times = timesteps(ours)
+    for i, t in enumerate(times):
+        for height, width, batch in ((8, 8, 2), (9, 7, 2), (16, 8, 4)):
+            sample, prompt = inputs(height, width, batch, seed=i)
+            assert_right(step(ours, sample, t, prompt), step(pipe, sample, t, prompt))
+    assert executable(ours).records == 3
+
+
+def test_results_stay_when_others_are_made(pipe: Any, ours: Any) -> None:
+    """Also those of a first run, which works in the graphs' memory."""
+    times = timesteps(ours)
+    calls = [(inputs(h, w, seed=i), t) for i, t in enumerate(times) for h, w in ((8, 8), (16, 8), (8, 24))]
+    kept = [(step(ours, *_ordered(c)), c) for c in calls]
+    kept += [(step(ours, *_ordered(c)), c) for c in reversed(calls)]
+    for made, call in kept:
+        assert_right(made, step(pipe, *_ordered(call)))
+
+
+def _ordered(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (sample, prompt), t = call
+    return sample, t, prompt
+
+
+def test_a_whole_picture_is_the_same(pipe: Any, ours: Any) -> None:
+    arguments = dict(prompt="a red apple", num_inference_steps=6, output_type="np", width=64, height=72)
+    for _ in range(3):  # planned, recorded, replayed
+        eager, made = (
+            torch.from_numpy(p(**arguments, generator=torch.Generator().manual_seed(3)).images) for p in (pipe, ours)
+        )
+        assert (eager - made).abs().mean() < 0.01
+    assert not ap.explain(ours).fallbacks
+
+
+def test_the_graph_used_longest_ago_goes_first(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = timesteps(ours)[0]
+    pool = graphs.pool_of(0)
+    pool.clear()
+
+    def use(width: int) -> None:
+        for _ in range(2):
+            sample, prompt = inputs(8, width)
+            step(ours, sample, t, prompt)
+
+    use(8)
+    count = len(pool)
+    monkeypatch.setattr(graphs, "GRAPH_BUDGET_BYTES", -1)  # whatever a graph takes is too much
+    use(16)
+    assert len(pool) == 1, "the newest stays, or nothing would ever be replayed"
+    records = executable(ours).records
+    use(16)
+    assert executable(ours).records == records
+    use(8)
+    assert executable(ours).records == records + 1
+    assert count >= 1
+
+
+def test_the_pools_growth_is_not_the_graphs(ours: Any) -> None:
+    """Else one large size would drop the graphs of all others."""
+    pool = graphs.pool_of(0)
+    pool.clear()
+    t = timesteps(ours)[0]
+    for _ in range(3):
+        sample, prompt = inputs(96, 96)
+        step(ours, sample, t, prompt)
+    assert pool.graph_bytes() < 64 << 20
+
+
+def test_inference_mode_and_without_in_turn(pipe: Any, ours: Any) -> None:
+    t = timesteps(ours)[0]
+    for seed, mode in enumerate((True, False, True, False)):
+        sample, prompt = inputs(seed=seed)
+        with torch.inference_mode(mode):
+            made = step(ours, sample, t, prompt)
+        assert_right(made, step(pipe, sample, t, prompt))
+
+
+def test_weights_need_no_more_memory_than_eagers_and_the_folds() -> None:
+    def allocated() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    start = allocated()
+    unet = tiny_unet(dtype=HALF, block_out_channels=(128, 256, 256), norm_num_groups=32).cuda()
+    weights = allocated() - start
+    ap.optimize(unet, Config(cache_dir=None, cuda_graphs=False))
+    sample, prompt = inputs()
+    with torch.no_grad():
+        unet(sample, torch.tensor(7.0, device="cuda"), encoder_hidden_states=prompt)
+    del sample, prompt
+    (engine,) = engines(unet).values()
+    after = allocated() - start
+    assert weights > 2_000_000
+    assert after - weights <= engine.derived_bytes() + weights // 20, "folds, and buffers of earlier stages"
+    assert engine.derived_bytes() < weights // 2
+    ap.restore(unet)
+
+
+def test_a_plan_that_cannot_be_recorded_runs_all_the_same(
+    pipe: Any, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs.GraphPool, "record", refuse)
+    sample, prompt = inputs()
+    t = timesteps(ours)[0]
+    step(ours, sample, t, prompt)
+    with pytest.warns(RuntimeWarning, match="no CUDA graph could be recorded"):
+        step(ours, sample, t, prompt)
+    assert_right(step(ours, sample, t, prompt), step(pipe, sample, t, prompt))
+
+
+def test_a_failed_recording_leaves_the_pool_usable() -> None:
+    pool = graphs.GraphPool(torch.device("cuda", 0))
+    x = torch.ones(1000, device="cuda")
+
+    def waits() -> list[Any]:
+        return [x * float((x + 1).sum())]
+
+    def works() -> list[Any]:
+        return [x + 1]
+
+    with pytest.raises(RuntimeError):
+        pool.record((0, "bad"), [x], waits)
+    assert len(pool) == 0
+    assert torch.equal(pool.run(works)[0], x + 1)
+    pool.record((0, "good"), [x], works)
+    (made,) = pool.replay((0, "good"), [x * 4]) or [None]
+    torch.testing.assert_close(made, torch.full_like(made, 5.0))  # type: ignore[arg-type]
+    pool.clear()
+
+
+def test_another_stream_waits_its_turn() -> None:
+    """All graphs share their memory: one that runs beside another would write into it."""
+    pool = graphs.GraphPool(torch.device("cuda", 0))
+    own = [torch.zeros(1 << 22, device="cuda")]
+
+    def work() -> list[Any]:
+        made = own[0]
+        for _ in range(20):
+            made = made + 1
+        return [made]
+
+    pool.run(work)
+    pool.record((0, "a"), own, work)
+    streams = [torch.cuda.Stream() for _ in range(3)]  # type: ignore[no-untyped-call]
+    made: list[tuple[int, torch.Tensor]] = []
+    for i in range(12):
+        value = torch.full_like(own[0], float(i))
+        streams[i % 3].wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(streams[i % 3]):
+            value.record_stream(torch.cuda.current_stream())
+            results = pool.replay((0, "a"), [value])
+            assert results is not None
+            made.append((i, results[0]))
+    torch.cuda.synchronize()
+    assert all(bool((m == i + 20).all()) for i, m in made)
+    pool.clear()
