@@ -59,7 +59,7 @@ class Runner:
             return self._bound(sources)
 
     def _bound(self, sources: Sources) -> bool:
-        adopt = sources.adopt if self._device.type == "cuda" else None
+        adopt = sources.adopt if stays_in_place(self._device) else None
         changed = self.binding.update(sources.tensors, self.stale if self.bound else sources.tensors, adopt)
         concerned = [
             running
@@ -115,6 +115,11 @@ class Runner:
         return [_result(r, values, symbols) for r in self.program.results]
 
 
+def stays_in_place(device: torch.device) -> bool:
+    """Whether buffers keep their addresses: recorded CUDA graphs know them by nothing else."""
+    return device.type == "cuda"
+
+
 def _result(result: Any, values: Mapping[str, Any], symbols: Mapping[str, int]) -> Any:
     if isinstance(result, Value):
         return values[result.name].clone() if result.shared else values[result.name]
@@ -148,7 +153,8 @@ class _RunningStage:
         given = [symbols[s] if role == "size" else values[s] for role, s in self._arguments]
         if self._seen is None or not all(map(_same, self._seen, given)):
             results = self.run(values, symbols)
-            self._results = self._settled(results) if self.device.type == "cuda" and not self.stage.rows else results
+            in_place = stays_in_place(self.device) and not self.stage.rows
+            self._results = self._settled(results) if in_place else results
             self._seen = [_remember(g) for g in given]
             runs[self.stage.time.name] += 1
         return self._results

@@ -1,4 +1,7 @@
-"""Recording and replaying on a GPU: when, how often, and that nothing is stale, overwritten or waited for."""
+"""Recording and replaying: when, how often, and that nothing is stale, overwritten or waited for.
+
+Where there is no GPU most of it runs in a simulation (simulation.py), which knows no memory and no streams.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,29 @@ from allaprima.bench.workloads import aliased
 from allaprima.config import Config
 from allaprima.pipelines import engines
 from allaprima.stage import Time
+from tests.backends.cuda.simulation import simulate
 from tests.tiny import tiny_pipeline, tiny_unet
 
-pytestmark = pytest.mark.gpu
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.float16) if ON_GPU else ("cpu", torch.float32)
 
-HALF = torch.float16
+
+@pytest.fixture(autouse=True)
+def somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        simulate(monkeypatch)
 
 
 @pytest.fixture
 def pipe() -> Any:
-    return tiny_pipeline(dtype=HALF).to("cuda")
+    return tiny_pipeline(dtype=DTYPE).to(DEVICE)
 
 
 @pytest.fixture
 def ours(pipe: Any) -> Iterator[Any]:
     """Another pipeline on the same weights, optimized."""
     other = aliased(pipe)
-    ap.optimize(other, Config(cache_dir=None))
+    ap.optimize(other)
     yield other
     ap.restore(other)
 
@@ -43,14 +52,14 @@ def step(pipe: Any, sample: torch.Tensor, timestep: Any, prompt: torch.Tensor) -
 
 
 def inputs(height: int = 8, width: int = 8, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     shapes = (batch, 4, height, width), (batch, 77, 32)
-    sample, prompt = (torch.randn(s, generator=generator, device="cuda").to(HALF) for s in shapes)
+    sample, prompt = (torch.randn(s, generator=generator, device=DEVICE).to(DTYPE) for s in shapes)
     return sample, prompt
 
 
 def timesteps(pipe: Any, count: int = 6) -> list[torch.Tensor]:
-    pipe.scheduler.set_timesteps(count, device="cuda")
+    pipe.scheduler.set_timesteps(count, device=DEVICE)
     return list(pipe.scheduler.timesteps)
 
 
@@ -142,6 +151,7 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
 def test_the_loop_never_waits_for_the_gpu(ours: Any) -> None:
     sample, prompt = inputs()
     times = timesteps(ours)
@@ -212,6 +222,7 @@ def test_the_graph_used_longest_ago_goes_first(ours: Any, monkeypatch: pytest.Mo
     assert count >= 1
 
 
+@pytest.mark.gpu
 def test_the_pools_growth_is_not_the_graphs(ours: Any) -> None:
     """Else one large size would drop the graphs of all others."""
     pool = graphs.pool_of(0)
@@ -232,6 +243,7 @@ def test_inference_mode_and_without_in_turn(pipe: Any, ours: Any) -> None:
         assert_right(made, step(pipe, sample, t, prompt))
 
 
+@pytest.mark.gpu
 def test_weights_need_no_more_memory_than_eagers_and_the_folds() -> None:
     def allocated() -> int:
         gc.collect()
@@ -239,9 +251,9 @@ def test_weights_need_no_more_memory_than_eagers_and_the_folds() -> None:
         return torch.cuda.memory_allocated()
 
     start = allocated()
-    unet = tiny_unet(dtype=HALF, block_out_channels=(128, 256, 256), norm_num_groups=32).cuda()
+    unet = tiny_unet(dtype=DTYPE, block_out_channels=(128, 256, 256), norm_num_groups=32).cuda()
     weights = allocated() - start
-    ap.optimize(unet, Config(cache_dir=None, cuda_graphs=False))
+    ap.optimize(unet, Config(cuda_graphs=False))
     sample, prompt = inputs()
     with torch.no_grad():
         unet(sample, torch.tensor(7.0, device="cuda"), encoder_hidden_states=prompt)
@@ -260,7 +272,7 @@ def test_a_plan_that_cannot_be_recorded_runs_all_the_same(
     def refuse(*arguments: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs.GraphPool, "record", refuse)
+    monkeypatch.setattr(type(graphs.pool_of(0)), "record", refuse)
     sample, prompt = inputs()
     t = timesteps(ours)[0]
     step(ours, sample, t, prompt)
@@ -269,6 +281,7 @@ def test_a_plan_that_cannot_be_recorded_runs_all_the_same(
     assert_right(step(ours, sample, t, prompt), step(pipe, sample, t, prompt))
 
 
+@pytest.mark.gpu
 def test_a_failed_recording_leaves_the_pool_usable() -> None:
     pool = graphs.GraphPool(torch.device("cuda", 0))
     x = torch.ones(1000, device="cuda")
@@ -289,6 +302,7 @@ def test_a_failed_recording_leaves_the_pool_usable() -> None:
     pool.clear()
 
 
+@pytest.mark.gpu
 def test_another_stream_waits_its_turn() -> None:
     """All graphs share their memory: one that runs beside another would write into it."""
     pool = graphs.GraphPool(torch.device("cuda", 0))
