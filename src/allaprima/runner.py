@@ -74,6 +74,8 @@ class Runner:
             for r in self.program.results
             if isinstance(r, Value) and r.role != "input"
         }
+        if not self.bound and self._device.type == "cuda":
+            torch.cuda.empty_cache()  # where the parameters lay before they moved; recorded graphs cannot use it
         rebuilt = self.bound and bool(concerned)
         self.stale, self.bound = set(), True
         return rebuilt

@@ -236,7 +236,7 @@ def test_the_pools_growth_is_not_the_graphs(ours: Any) -> None:
 
 def test_inference_mode_and_without_in_turn(pipe: Any, ours: Any) -> None:
     t = timesteps(ours)[0]
-    for seed, mode in enumerate((True, False, True, False)):
+    for seed, mode in enumerate((True, True, False, True, False)):
         sample, prompt = inputs(seed=seed)
         with torch.inference_mode(mode):
             made = step(ours, sample, t, prompt)
@@ -247,6 +247,8 @@ def test_inference_mode_and_without_in_turn(pipe: Any, ours: Any) -> None:
 def test_weights_need_no_more_memory_than_eagers_and_the_folds() -> None:
     def allocated() -> int:
         gc.collect()
+        graphs.pool_of(0).clear()
+        torch._C._cuda_clearCublasWorkspaces()  # tens of MB for each stream, which eager needs just so
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from allaprima import ops
 from allaprima.backends.aten import AtenExecutable
+from allaprima.backends.cuda import plan as plan_module
 from allaprima.backends.cuda.choose import OPERATORS, choose
 from allaprima.backends.cuda.device import KNOWN, Device
 from allaprima.backends.cuda.plan import Plan, arguments_of, lower
@@ -115,6 +117,33 @@ def test_memory_is_free_after_the_last_reader(program: tuple[Any, Program], devi
     results = {s for r in plan.results for s in slots(r)}
     assert not results & gone
     assert gone | results | set(plan.placeholders.values()) >= {x.result for x in plan.launches}
+
+
+def test_the_first_run_frees_what_nobody_reads_any_more(
+    program: tuple[Any, Program], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first picture of a size takes the memory of all activations at once."""
+    unet, staged = program
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    call = plan_module._call
+
+    def watched(*arguments: Any) -> Any:
+        value = call(*arguments)
+        if isinstance(value, torch.Tensor):
+            made.append(weakref.ref(value))
+            alive.append(sum(r() is not None for r in made))
+        return value
+
+    def keep(g: Graph, weights: dict[str, torch.Tensor], inputs: list[Any]) -> list[Any]:
+        return lower(g, arguments_of(g, weights, inputs), H100)[1]
+
+    monkeypatch.setattr(plan_module, "_call", watched)
+    monkeypatch.setattr(plan_module, "choose", lambda *asked: None)
+    with torch.no_grad():
+        run(staged, unet, unet_call(1, 2, 2, 3, device=device), keep)
+    assert len(made) > 100
+    assert max(alive) < len(made) / 4
 
 
 def slots(template: Any) -> set[int]:
