@@ -53,7 +53,8 @@ def _bench(what: str, sizes: str, variants: str, more: str = "") -> str:
     )
 
 
-_TESTS = "tests/backends/cuda tests/bench --ignore=tests/backends/cuda/test_compile.py -W default -p no:cacheprovider"
+_OF_BENCH = "tests/bench/test_operators.py tests/bench/test_profiling.py tests/bench/test_variants.py"
+_QUIETLY = "-W default -p no:cacheprovider"
 _FIRST = "allaprima.bench.first ARCH --steps 50"
 
 SECTIONS = (
@@ -62,13 +63,16 @@ SECTIONS = (
         "kernels",
         "the kernels' tests, compiled, and those that need a GPU",
         420,
-        (f"pytest -q --maxfail=25 --durations=10 {_TESTS} XDIST",),
+        (
+            f"pytest -q --maxfail=25 --durations=10 tests/backends/cuda {_OF_BENCH} "
+            f"--ignore=tests/backends/cuda/test_compile.py {_QUIETLY} XDIST",
+        ),
     ),
     Section(
         "graphs",
         "the tests of recording and replaying alone",
         180,
-        ("pytest -q -m gpu tests/backends/cuda/test_executable.py tests/bench -W default -p no:cacheprovider",),
+        (f"pytest -q tests/backends/cuda/test_executable.py {_OF_BENCH} {_QUIETLY}",),
     ),
     Section(
         "operators",
