@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..verification import MAX_RATIO, MIN_PSNR, precise_copy
+from ..verification import MAX_RATIO, MIN_PSNR, exact_float32, precise_copy
 from .floor import Ceiling, count_flops, measured_ceiling, weight_bytes
 from .memory import Peaks
 from .timing import Times, alternate, seconds
@@ -173,18 +173,6 @@ def _truths(pipe: Any, cases: Sequence[Case], say: Say) -> dict[Case, list[torch
     judge.set_progress_bar_config(disable=True)
     with contextlib.nullcontext() if pipe.unet.dtype == torch.float32 else exact_float32():
         return {case: WORKLOADS[case.what].outputs(judge, case) for case in cases}
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """float32 means float32: cuDNN takes TF32 for it unless told otherwise, which is no nearer the truth than f16."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def error_to(truth: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:

@@ -29,7 +29,7 @@ from ..backends.cuda.device import Device
 from ..backends.cuda.plan import Plan, Slot
 from ..graph import target_name
 from ..stage import Time
-from .measure import exact_float32
+from ..verification import exact_float32
 from .report import compact
 from .workloads import WORKLOADS, Case, aliased, cases, subject
 

@@ -18,7 +18,7 @@ from .drawing import TASKS, Drawing, Task, test_card, test_mask
 from .judging import MAX_RATIO, MIN_PSNR
 from .report import Report
 from .summary import Summary, summarize
-from .truth import precise_copy
+from .truth import exact_float32, precise_copy
 from .verifier import Verifier, verify, verify_many
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Summary",
     "Task",
     "Verifier",
+    "exact_float32",
     "precise_copy",
     "summarize",
     "test_card",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,18 @@ def precise_copy(pipe: Any, dtype: torch.dtype) -> Any:
             torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns at every cast
     options = {k: pipe.config[k] for k in ("requires_safety_checker",) if k in pipe.config}
     return type(pipe)(**parts, **options)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 means float32: cuDNN takes TF32 for it unless told otherwise, which is no nearer the truth than f16."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 class NoiseIn(TorchFunctionMode):

@@ -20,7 +20,7 @@ from .metrics import Pixels, largest_difference, psnr, ssim
 from .recording import Trace, record
 from .report import Report
 from .sheet import DIFFERENCE_GAIN
-from .truth import NoiseIn, precise_copy
+from .truth import NoiseIn, exact_float32, precise_copy
 
 
 def verify(
@@ -93,7 +93,7 @@ class Verifier:
         if self._precise is None:
             return None
         precise = as_task(self._precise, drawing.task)
-        with NoiseIn(self.dtype):
+        with NoiseIn(self.dtype), exact_float32():
             true_free = record(precise, drawing)
             true_stepwise = record(precise, drawing, theirs.latents)
         ours_stepwise = record(pipe, drawing, theirs.latents)
