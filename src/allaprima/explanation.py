@@ -94,7 +94,7 @@ def _stages(name: str, engine: Engine) -> list[StageSummary]:
                 StageSummary(
                     component=name,
                     time=when.name.lower(),
-                    backend="aten, once per state of the weights" if when is Time.WEIGHTS else runner.backends[when],
+                    backend="aten, once per state of the weights" if when is Time.WEIGHTS else runner.backend(when),
                     calls=sum(names.values()),
                     linears=names["linear"],
                     convolutions=names["conv2d"] + names["upsample_conv"],

@@ -53,6 +53,11 @@ class Runner:
         """What runs each stage."""
         return {running.stage.time: running.executable for running in self._stages}
 
+    def backend(self, time: Time) -> str:
+        """In words, which backend runs a stage and why."""
+        failed = getattr(self.executables[time], "failed", None)
+        return f"aten: {failed}" if failed else self.backends[time]
+
     def bind(self, sources: Sources) -> bool:
         """Give changed weights to the stages that read them.  returns whether a bound stage was built again."""
         with torch.inference_mode(False), torch.no_grad():  # buffers of inference mode could not be written to later

@@ -17,7 +17,7 @@ import allaprima as ap
 from allaprima.backends.cuda import graphs
 from allaprima.bench.workloads import aliased
 from allaprima.config import Config
-from allaprima.pipelines import engines
+from allaprima.pipelines import eager, engines
 from allaprima.stage import Time
 from tests.backends.cuda.simulation import simulate
 from tests.tiny import tiny_pipeline, tiny_unet
@@ -331,3 +331,38 @@ def test_another_stream_waits_its_turn() -> None:
     torch.cuda.synchronize()
     assert all(bool((m == i + 20).all()) for i, m in made)
     pool.clear()
+
+
+def test_a_kernel_that_cannot_run_leaves_the_stage_to_aten(
+    pipe: Any, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("ptxas: no such register")
+
+    sample, prompt = inputs()
+    t = timesteps(ours)[0]
+    monkeypatch.setattr("allaprima.backends.cuda.executable.lower", broken)
+    with pytest.warns(RuntimeWarning, match="no such register"):
+        first = step(ours, sample, t, prompt)
+    assert_right(first, step(pipe, sample, t, prompt))
+    assert "ptxas: no such register" in str(ap.explain(ours))
+    with torch.no_grad():  # the weights still reach it
+        ours.unet.conv_out.weight.mul_(2)
+    made = step(ours, sample, t, prompt)
+    with eager(ours):
+        assert_right(made, step(ours, sample, t, prompt))
+    assert not torch.equal(made, first)
+
+
+def test_out_of_memory_is_no_reason_to_give_up(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    sample, prompt = inputs()
+    t = timesteps(ours)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr("allaprima.backends.cuda.executable.lower", full)
+        with pytest.raises(ap.errors.OutOfMemoryError):
+            step(ours, sample, t, prompt)
+    assert torch.isfinite(step(ours, sample, t, prompt)).all()
+    assert executable(ours).failed is None

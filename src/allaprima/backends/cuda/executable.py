@@ -15,6 +15,7 @@ import torch
 from ...config import Config
 from ...errors import is_out_of_memory
 from ...graph import Graph
+from ..aten import AtenExecutable
 from ..base import INPUT_ROLES
 from .compile import ensure
 from .device import Device, device_of
@@ -35,6 +36,7 @@ class CudaExecutable:
               buffers of earlier stages, which stay at their addresses and are read where they are, unless they are rows
               of a table
     device    what the choice of kernels knows of the GPU
+    failed    why the stage runs on ATen after all, or None
     """
 
     def __init__(self, graph: Graph, config: Config, volatile: frozenset[str], device: torch.device) -> None:
@@ -47,6 +49,8 @@ class CudaExecutable:
         self._number = next(_numbers)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._unrecorded: str | None = None
+        self._instead: AtenExecutable | None = None
+        self.failed: str | None = None
         self.records = 0
         weakref.finalize(self, self._pool.forget, self._number).atexit = False
 
@@ -58,12 +62,21 @@ class CudaExecutable:
             self._plans.clear()
             self._pool.forget(self._number)
         self._places = places
+        if self._instead is not None:
+            self._instead.bind(weights)
 
     def run(self, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
+        if self._instead is not None:
+            return self._instead.run(inputs)
         key = tuple((v.shape, v.dtype, v.stride()) if isinstance(v, torch.Tensor) else v for v in inputs)
         plan = self._plans.get(key)
         if plan is None:
-            return self._pool.run(lambda: self._first(key, inputs))
+            try:
+                return self._pool.run(lambda: self._first(key, inputs))
+            except Exception as error:  # a compiler and a driver raise anything
+                if is_out_of_memory(error):
+                    raise
+                return self._give_up(error).run(inputs)
         self._plans.move_to_end(key)
         if self.config.cuda_graphs and self._unrecorded is None:
             results = self._pool.replay((self._number, key), inputs)
@@ -91,6 +104,14 @@ class CudaExecutable:
         while len(self._plans) > self.config.max_plans:
             self._plans.popitem(last=False)
         return results
+
+    def _give_up(self, error: Exception) -> AtenExecutable:
+        """Run on ATen from now on: a kernel cannot be compiled or launched on this GPU."""
+        self.failed = f"the kernels failed with {type(error).__name__}: {str(error).strip()[:300]}"
+        warnings.warn(f"a stage runs on ATen, because {self.failed}", RuntimeWarning, stacklevel=3)
+        self._instead = AtenExecutable(self.graph)
+        self._instead.bind(self._weights)
+        return self._instead
 
     def _again(self, plan: Plan, inputs: Sequence[Any]) -> list[Any]:
         with _full_precision():
