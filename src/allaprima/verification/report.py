@@ -59,9 +59,13 @@ class Report:
     @property
     def label(self) -> str:
         """One line above its pictures on a contact sheet."""
+        return f"{self.verdict.split(':')[0]} {self.title}"
+
+    @property
+    def title(self) -> str:
+        """What was drawn, in one line."""
         (width, height), drawing = self.images[1][0].size, self.drawing
-        verdict = self.verdict.split(":")[0]
-        return f"{verdict} {drawing.task} {width}x{height} seed {drawing.seed} {self.psnr:.1f} dB  {drawing.prompt}"
+        return f"{drawing.task} {width}x{height} seed {drawing.seed} {self.psnr:.1f} dB  {drawing.prompt}"
 
     @property
     def psnr(self) -> float:

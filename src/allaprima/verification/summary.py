@@ -67,8 +67,8 @@ def summarize(reports: Sequence[Report]) -> Summary:
     }
     return Summary(
         count=len(reports),
-        failed=tuple(r.label for r in reports if not r.passed_among_many),
-        scattered=tuple(r.label for r in reports if r.passed_among_many and not r.passed),
+        failed=tuple(r.title for r in reports if not r.passed_among_many),
+        scattered=tuple(r.title for r in reports if r.passed_among_many and not r.passed),
         psnr_lowest=lowest([r.psnr for r in reports]),
         psnr_median=median([r.psnr for r in reports]),
         ssim_lowest=lowest([r.ssim for r in reports]),
