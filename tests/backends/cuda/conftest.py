@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,16 @@ def _let_tensors_bound_loops() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _let_tensors_bound_loops()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU `make test` takes of a file only the tests that it names in SAMPLE, if it does."""
+    for item in items:
+        sample = getattr(getattr(item, "module", None), "SAMPLE", None)
+        here = item.path.parent == Path(__file__).parent
+        if here and sample and item.originalname not in sample and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

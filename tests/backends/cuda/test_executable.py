@@ -26,6 +26,13 @@ ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.float16) if ON_GPU else ("cpu", torch.float32)
 
 
+# In a simulation each takes seconds: `make test` takes the first few, `make prove` and a GPU all.
+SAMPLE = (
+    "test_recorded_at_the_second_use_of_a_size_and_replayed_equal",
+    "test_a_kernel_that_cannot_run_leaves_the_stage_to_aten",
+)
+
+
 @pytest.fixture(autouse=True)
 def somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:

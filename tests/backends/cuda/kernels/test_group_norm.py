@@ -145,9 +145,7 @@ def test_a_large_mean_does_not_cancel(device: torch.device, parameters: kernels.
 def test_constant_input(device: torch.device, parameters: kernels.Whole, value: float) -> None:
     x = torch.full((1, 16, 9, 9), value, dtype=torch.float16, device=device)
     bias = numbers(device, torch.float16, 16)
-    got = kernels.group_norm(
-        x.contiguous(memory_format=torch.channels_last), 2, None, bias, EPS, parameters=parameters
-    )
+    got = kernels.group_norm(x.contiguous(memory_format=torch.channels_last), 2, None, bias, EPS, parameters=parameters)
     assert torch.equal(got, bias[None, :, None, None].expand_as(got))
 
 

@@ -175,9 +175,7 @@ def test_what_is_launched_is_among_the_variants(device: torch.device, dtype: tor
         assert fit
         for residual in (None, x):
             for parameters in fit:
-                launch = kernels.launch_of(
-                    x, residual, None, None, EPS, parameters=parameters, total=residual, out=x
-                )
+                launch = kernels.launch_of(x, residual, None, None, EPS, parameters=parameters, total=residual, out=x)
                 assert launch.variant in known
                 for given, declared in zip(launch.arguments, launch.variant.arguments, strict=True):
                     kind = given.dtype if isinstance(given, torch.Tensor) else type(given)
