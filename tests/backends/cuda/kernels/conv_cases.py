@@ -12,8 +12,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from allaprima.backends.cuda.kernels.epilogue import Launch
-from allaprima.backends.cuda.kernels.variant import Variant
+from allaprima.backends.cuda.kernels.variant import Launch, Variant
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +21,7 @@ import triton.language as tl
 from ....errors import InputError
 from ..device import Device
 from .strides import alignment_reason
-from .variant import Variant
+from .variant import Launch, Variant
 
 LAUNCH_US = 2.5
 _LOG2_E = 1.4426950408889634
@@ -476,18 +475,6 @@ def _ones(like: torch.Tensor) -> torch.Tensor:
         if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
             _ONES[key] = found
     return found
-
-
-class Launch(NamedTuple):
-    """One kernel in its compiled form, the number of programs, and what it is given."""
-
-    variant: Variant
-    grid: tuple[int, int, int]
-    arguments: tuple[Any, ...]
-
-    def run(self) -> None:
-        form = self.variant
-        form.kernel[self.grid](*self.arguments, **form.constants, **form.options)
 
 
 def launch_of(

@@ -22,7 +22,6 @@ from ..device import Device
 from .epilogue import (
     INT32,
     LAUNCH_US,
-    Launch,
     Pixels,
     addend_pixels,
     aligned,
@@ -41,7 +40,7 @@ from .few_channels import (
     few_channels_us,
     few_channels_variants,
 )
-from .variant import Variant
+from .variant import Launch, Variant
 
 
 # ----------------------------------------------------------------------------------------------------------- kernel

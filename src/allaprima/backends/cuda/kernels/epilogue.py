@@ -6,14 +6,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ..device import Device
-from .variant import Variant
+from .variant import Launch, Variant
 
 LAUNCH_US = 2.5
 """What one more kernel costs inside a CUDA graph."""
@@ -25,19 +24,6 @@ INT32 = 2**31 - 1
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel: its compiled form, the grid and the arguments in order."""
-
-    variant: Variant
-    grid: tuple[int, int, int]
-    arguments: tuple[Any, ...]
-
-    def run(self) -> None:
-        form = self.variant
-        form.kernel[self.grid](*self.arguments, **form.options, **form.constants)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from ..device import Device
-from .epilogue import INT32, LAUNCH_US, Launch, Pixels, addend_pixels, aligned, ceil_div, pixels_of
-from .variant import Variant
+from .epilogue import INT32, LAUNCH_US, Pixels, addend_pixels, aligned, ceil_div, pixels_of
+from .variant import Launch, Variant
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels

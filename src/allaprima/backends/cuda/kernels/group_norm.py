@@ -17,7 +17,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,7 +26,7 @@ import triton.language as tl
 from ....errors import InputError
 from ..device import Device
 from .strides import alignment_reason, collapse
-from .variant import Variant
+from .variant import Launch, Variant
 
 LAUNCH_US = 2.5
 LATENCY_US = 0.6
@@ -332,18 +332,6 @@ all of a VAE's last level.  The widest is for groups of more than 128 channels."
 
 GENERAL: tuple[Whole, ...] = (Whole(128, 1, 4), Split(128, 1, 4), Split(1024, 1, 8))
 """What takes the place of these where channels or strides are no multiples of 8 elements: right, not fast."""
-
-
-class Launch(NamedTuple):
-    """One kernel in its compiled form, the number of programs, and what it is given."""
-
-    variant: Variant
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-
-    def run(self) -> None:
-        form = self.variant
-        form.kernel[self.grid](*self.arguments, **form.constants, **form.options)
 
 
 MODES = ((False, False), (False, True), (True, True))
@@ -715,9 +703,7 @@ def _kernel_us(programs: int, pixels: int, tile: int, bytes_us: float, device: D
     )
 
 
-def candidates(
-    batch: int, channels: int, pixels: int, groups: int, device: Device, itemsize: int = 2
-) -> list[Whole]:
+def candidates(batch: int, channels: int, pixels: int, groups: int, device: Device, itemsize: int = 2) -> list[Whole]:
     """The parameters that can take these sizes, without those that are never the best for them."""
     width = channels // groups
     align = ALIGN if channels % ALIGN == 0 else 1
@@ -732,9 +718,3 @@ def candidates(
         if (pixels > 256 if isinstance(p, Split) else (_count(width, groups, p, align) or 1) * width <= most)
     ]
     return sane or narrow
-
-
-def choose(batch: int, channels: int, pixels: int, groups: int, itemsize: int, device: Device) -> Whole:
-    """The candidate with the lowest estimate."""
-    found = candidates(batch, channels, pixels, groups, device, itemsize)
-    return min(found, key=lambda p: estimate_us(batch, channels, pixels, groups, itemsize, p, device))

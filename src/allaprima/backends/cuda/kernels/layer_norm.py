@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +21,7 @@ import triton.language as tl
 from ....errors import InputError
 from ..device import Device
 from .strides import alignment_reason, collapse
-from .variant import Variant
+from .variant import Launch, Variant
 
 LAUNCH_US = 2.5
 LATENCY_US = 0.6
@@ -92,18 +92,6 @@ class Rows:
 
 PARAMETERS = (Rows(16, 1), Rows(16, 4), Rows(16, 16))
 """One warp a row or two, which needs no barrier; rows of up to 2048; rows of up to 8192."""
-
-
-class Launch(NamedTuple):
-    """One kernel in its compiled form, the number of programs, and what it is given."""
-
-    variant: Variant
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-
-    def run(self) -> None:
-        form = self.variant
-        form.kernel[self.grid](*self.arguments, **form.constants, **form.options)
 
 
 def _cols(num_cols: int) -> int:
@@ -302,9 +290,3 @@ def estimate_us(
 def candidates(num_rows: int, num_cols: int, device: Device) -> list[Rows]:
     """The parameters that can take these sizes."""
     return [p for p in PARAMETERS if num_cols <= MAX_COLS and p.fits(_cols(num_cols))]
-
-
-def choose(num_rows: int, num_cols: int, itemsize: int, device: Device, add: bool = False) -> Rows:
-    """The candidate with the lowest estimate."""
-    found = candidates(num_rows, num_cols, device)
-    return min(found, key=lambda p: estimate_us(num_rows, num_cols, itemsize, p, device, add))

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ....errors import InputError
 from ..device import Device
-from .variant import Variant
+from .variant import Launch, Variant
 
 GELU = {None: 0, "none": 1, "tanh": 2}
 """What the constant GEGLU means: no gate, gelu by erf, gelu by tanh."""
@@ -465,14 +465,6 @@ def _problem(
 
 
 # ------------------------------------------------------------------------------------------------------------ launch
-class Launch(NamedTuple):
-    variant: Variant
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-
-    def run(self) -> None:
-        v = self.variant
-        v.kernel[self.grid](*self.arguments, num_warps=v.num_warps, num_stages=v.num_stages, **v.constants)
 
 
 def launches_of(problem: Problem, tile: Tile, out: torch.Tensor) -> tuple[Launch, ...]:

@@ -28,8 +28,8 @@ from .convolution import (
     tile_us,
     tile_variants,
 )
-from .epilogue import LAUNCH_US, Launch, ceil_div, finish_us
-from .variant import Variant
+from .epilogue import LAUNCH_US, ceil_div, finish_us
+from .variant import Launch, Variant
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,19 @@ class Variant:
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One kernel in its compiled form, the number of programs, and what it is given."""
+
+    variant: Variant
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+    def run(self) -> None:
+        form = self.variant
+        form.kernel[self.grid](*self.arguments, **form.options, **form.constants)
+
+
 def _type(argument: torch.dtype | int | float) -> str:
     if isinstance(argument, torch.dtype):
         return "*" + _TYPES[argument]
