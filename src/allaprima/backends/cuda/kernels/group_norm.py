@@ -28,9 +28,17 @@ from ..device import Device
 from .strides import alignment_reason, collapse
 from .variant import Launch, Variant
 
-LAUNCH_US = 2.5
-LATENCY_US = 0.6
-"""One round of dependent loads from the second-level cache or the memory, with the reduction behind it."""
+LAUNCH_US = 2.2
+"""A kernel that does next to nothing, within a CUDA graph."""
+
+STEP_US = 1.15
+"""One step of the loops of one program, statistics and result: mostly SiLU."""
+
+SCAN_US, MERGE_US = 0.02, 0.095
+"""Latency of adding up groups, for each column of a program; of merging partial statistics, for each part."""
+
+EFFICIENCY = 0.55, 0.85
+"""Shares of the bandwidth of second-level cache and memory that loads, conversions and SiLU reach together."""
 
 ALIGN = 8
 """Elements that share one mask and one address, where the sizes allow it."""
@@ -324,8 +332,8 @@ class Split(Whole):
     merged: int = MERGE
 
 
-WHOLE = (Whole(32, 4, 4), Whole(64, 4, 8), Whole(64, 8, 16), Whole(128, 4, 8), Whole(128, 8, 16))
-SPLIT = (Split(128, 4, 8), Split(128, 4, 8, programs=1056), Split(64, 4, 4, programs=528), Split(1024, 2, 8))
+WHOLE = (Whole(64, 4, 8), Whole(128, 4, 8))
+SPLIT = (Split(128, 4, 8), Split(64, 4, 4, programs=528), Split(1024, 2, 8))
 PARAMETERS: tuple[Whole, ...] = WHOLE + SPLIT
 """64 columns hold one group of 40 channels, two of 20 or four of 10; 128 hold 120 of SD1.5's and SDXL's channels, or
 all of a VAE's last level.  The widest is for groups of more than 128 channels."""
@@ -667,40 +675,25 @@ def estimate_us(
 
     What an earlier kernel wrote is taken to be in the second-level cache where it fits half of that.
     """
-    p, width, depth = parameters, channels // groups, parameters.depth(itemsize)
+    p, width = parameters, channels // groups
     count = _count(width, groups, p, ALIGN) or _count(width, groups, p, 1)
     if not count:
         return math.inf
-    num_bytes = batch * channels * pixels * itemsize
-    rate = 1e6 * (device.l2_tbs if 2 * num_bytes <= device.l2_bytes else device.memory_tbs)  # bytes per µs
-    # Few programs draw their share of the cache's bandwidth only; wide loads count for what they carry.
-    share = 1e6 * device.l2_tbs / device.num_sms
-    spans = -(-groups // count)
+    num_bytes, spans = batch * channels * pixels * itemsize, -(-groups // count)
+    tile = p.slots(p.cols) * p.depth(itemsize)
+    in_cache, in_memory = EFFICIENCY
+    fits = 2 * num_bytes <= device.l2_bytes
+    rate = 1e6 * (device.l2_tbs * in_cache if fits else device.memory_tbs * in_memory)  # bytes per µs
     if not isinstance(p, Split):
         waves = -(-batch * spans // device.num_sms)
-        own = count * width * pixels * itemsize
-        loops = -(-pixels // (p.slots(p.cols) * depth))
-        # The second read comes from the first-level cache while the program's data fit it.
-        reads = 1.5 if own <= device.shared_bytes else 2.0
-        program = 2 * LATENCY_US + (loops - 1) * LATENCY_US + (reads + 1) * own / share
-        return LAUNCH_US + max(waves * program, 3 * num_bytes / rate)
-    num, part = _parts(pixels, p.programs, batch * spans, p.slots(p.cols) * depth)
-    blocks = -(-channels // p.apply_cols)
-    tiles, tile = _parts(pixels, p.programs, batch * blocks, p.slots(p.apply_cols) * depth)
-    first = _kernel_us(batch * spans * num, part, p.slots(p.cols) * depth, num_bytes / rate, device)
-    second = _kernel_us(batch * blocks * tiles, tile, p.slots(p.apply_cols) * depth, 2 * num_bytes / rate, device)
-    finish = LAUNCH_US + LATENCY_US if num > min(p.merged, MERGE) else 0.0
-    # The second kernel waits for the statistics, merged or not, before it waits for its pixels.
-    return 2 * LAUNCH_US + first + finish + LATENCY_US + second
-
-
-def _kernel_us(programs: int, pixels: int, tile: int, bytes_us: float, device: Device) -> float:
-    """One kernel of the split form: a few programs share a multiprocessor, the last round may be nearly empty."""
-    resident = 3 * device.num_sms
-    waves = -(-programs // resident)
-    return max(waves * LATENCY_US * -(-pixels // tile), bytes_us * waves * resident / max(programs, resident)) + (
-        LATENCY_US
-    )
+        program = waves * -(-pixels // tile) * STEP_US
+        return LAUNCH_US + SCAN_US * p.cols + max(program, 3 * num_bytes / rate)
+    num, _ = _parts(pixels, p.programs, batch * spans, tile)
+    finish = LAUNCH_US + MERGE_US * min(num, MERGE) if num > min(p.merged, MERGE) else 0.0
+    # Lanes beyond the groups of a program are idle while it reads for the statistics.
+    reads = 2 + p.cols / (count * width)
+    latency = SCAN_US * p.cols + MERGE_US * min(num, MERGE)
+    return 2 * LAUNCH_US + finish + latency + reads * num_bytes / rate
 
 
 def candidates(batch: int, channels: int, pixels: int, groups: int, device: Device, itemsize: int = 2) -> list[Whole]:
