@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ....errors import InputError
 from ..device import Device
-from .linear import LAUNCH_US, START_US, gate
+from .linear import combine_us, gate, moved_us
 
 
 @dataclass(frozen=True)
@@ -157,46 +157,50 @@ def _flat(out: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ choice
-TILES = ((128, 256), (256, 128), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64))
+# Fitted to an H100's times (benchmarks/h100-operators.jsonl).
+TILES = ((256, 128), (128, 256), (192, 128), (128, 192), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64))
 SPLITS = (1, 2, 4, 8)
+START_US = 3.3  # of a product
+PEAK = 1.25  # of the tensor cores alone, over what large products reach
+STORE_TBS = 0.03  # of one SM's epilogue
+OVERLAP = 1.9  # of products and memory, as in `linear`
+PASS_US = 2.0  # of an elementwise kernel
+BROADCAST = 2.7  # adding a bias to a residual takes so much longer than adding two tensors
 
 
-def product_us(m: int, n: int, k: int, itemsize: int, device: Device) -> float:
-    """cuBLAS's product of [M, K] and [N, K] in µs: the best of its usual tiles by waves, FLOPs and bytes."""
-    rate = (device.float_tflops if itemsize == 4 else device.half_tflops) / device.num_sms
-    memory_us = (n * k / device.memory_tbs + (m * k + m * n) / device.l2_tbs) * itemsize * 1e-6
+def product_us(m: int, n: int, k: int, itemsize: int, device: Device, onto: bool = False) -> float:
+    """cuBLAS's product of [M, K] and [N, K] in µs, added `onto` what is there: the best of its usual tiles by waves,
+    FLOPs and bytes."""
+    rate = (device.float_tflops if itemsize == 4 else device.half_tflops * PEAK) / device.num_sms
+    memory_us = moved_us(n * k * itemsize, (m * k + m * n * (2 if onto else 1)) * itemsize, device)
     best = float("inf")
     for tile_m, tile_n in TILES:
         for splits in SPLITS if k >= 1024 else (1,):
-            programs = -(-m // tile_m) * -(-n // tile_n) * splits
-            depth = -(-k // splits)
-            flops_us = 2 * tile_m * tile_n * depth / rate * 1e-6
-            # Small tiles wait for shared memory: 64×64 reaches about half of the rate, 128×256 all of it.
-            share = min(1.0, 0.35 + 0.15 * tile_m * tile_n / 8192)
-            rounds = -(-programs // device.num_sms)
-            reduce_us = (LAUNCH_US + 2 * splits * m * n * 4 / device.l2_tbs * 1e-6) if splits > 1 else 0.0
-            best = min(best, START_US + max(rounds * flops_us / share, memory_us) + reduce_us)
-    return LAUNCH_US + best
+            most = -(-(-(-m // tile_m) * -(-n // tile_n) * splits) // device.num_sms)
+            flops_us = most * 2 * tile_m * tile_n * -(-k // splits) / rate * 1e-6
+            store_us = most * tile_m * tile_n * itemsize / STORE_TBS * 1e-6
+            time = (flops_us**OVERLAP + memory_us**OVERLAP) ** (1 / OVERLAP) + store_us
+            best = min(best, time + (combine_us(splits, m, n, device) if splits > 1 else 0.0))
+    return START_US + best
 
 
-def elementwise_us(elements: int, itemsize: int, device: Device) -> float:
-    """A kernel that reads and writes `elements` in all, near what was just written: from the second-level cache."""
-    rate = device.l2_tbs / 2 if elements * itemsize < device.l2_bytes / 2 else device.memory_tbs
-    return LAUNCH_US + elements * itemsize / rate * 1e-6
+def elementwise_us(elements: float, itemsize: int, device: Device) -> float:
+    """A kernel that reads and writes `elements` in all, of what was just written."""
+    return PASS_US + 1.25 * moved_us(0, elements * itemsize, device)
 
 
 def estimate_us(
     operator: str, m: int, n: int, ks: Sequence[int], itemsize: int, parameters: Library, device: Device
 ) -> float:
     """Time of `operator` (a key of FORMS) with a result of [M, N] over sources of `ks` channels, in µs."""
-    k = sum(ks)
+    k, after = sum(ks), parameters.form == "after"
     if operator == "geglu_linear":
         return product_us(m, 2 * n, k, itemsize, device) + elementwise_us(3 * m * n, itemsize, device)
     if operator in ("linear_add", "conv2d_add"):
-        passes = 3 if parameters.form == "after" else 2
-        return product_us(m, n, k, itemsize, device) + elementwise_us(passes * m * n, itemsize, device)
+        passed = 3 * m * n if after else BROADCAST * 2 * m * n
+        return product_us(m, n, k, itemsize, device, onto=not after) + elementwise_us(passed, itemsize, device)
     if len(ks) == 1:
         return product_us(m, n, k, itemsize, device)
-    if parameters.form == "after":
+    if after:
         return product_us(m, n, k, itemsize, device) + elementwise_us(2 * m * k, itemsize, device)
-    return sum(product_us(m, n, each, itemsize, device) for each in ks)
+    return sum(product_us(m, n, each, itemsize, device, onto=i > 0) for i, each in enumerate(ks))

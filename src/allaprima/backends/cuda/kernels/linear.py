@@ -29,7 +29,6 @@ NO_ADDEND, ROWS, STRIDED = 0, 1, 2
 """What the constant ADDEND means: none, unit column stride, any strides."""
 
 MAX_SPLITS = 8
-LAUNCH_US = 2.5
 _INT32 = 2**31 - 1
 
 
@@ -100,15 +99,19 @@ def product(
     tile_m = first_m + within % size
     tile_n = within // size
 
-    # Rows and columns beyond the end read the last one again and are not stored: no mask inside the loop.
+    # Rows and columns beyond the end read the first ones and are not stored: no mask inside the loop.  Were it the last
+    # one again and again, all programs at the edge would ask one line of the cache for it, which takes longer than all
+    # the rest.
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.minimum(rows, num_m - 1).to(tl.int64)
+    row = tl.where(rows < num_m, rows, tl.minimum(rows - num_m, num_m - 1)).to(tl.int64)
     lane = tl.arange(0, BLOCK_N)
     if GEGLU:
         # Accumulator columns are h0 g0 h1 g1 …: both halves of a result are in one thread, and one product makes both.
-        feature = tl.minimum(tile_n * WIDTH + lane // 2, n - 1) + (lane % 2) * n
+        column = tile_n * WIDTH + lane // 2
+        feature = tl.where(column < n, column, tl.minimum(column - n, n - 1)) + (lane % 2) * n
     else:
-        feature = tl.minimum(tile_n * WIDTH + lane, n - 1)
+        column = tile_n * WIDTH + lane
+        feature = tl.where(column < n, column, tl.minimum(column - n, n - 1))
     offs_k = tl.arange(0, BLOCK_K)
     row_1 = row * stride_1 * ALIGN
     row_2 = row * stride_2 * ALIGN
@@ -724,9 +727,15 @@ def gate_launch(hg: torch.Tensor, approximate: str, out: torch.Tensor | None) ->
 
 
 # ------------------------------------------------------------------------------------------------------------ choice
-SHARED_TBS = 0.2  # of one SM: 128 bytes a clock
-START_US = 1.2  # of one round of programs: the first loads arrive, the last results leave
-GATE_FLOPS = 20  # instructions an element of the gate, on the ordinary units
+# Fitted to an H100's times (benchmarks/h100-operators.jsonl), of which those near the best of their call count most.
+START_US = 1.9  # of a kernel, and of one program: addresses, the first operands arrive, the last results leave
+LATENCY_US = 0.66  # from asking the memory for an operand until it is there
+PEAK = 1.68  # of the tensor cores alone, over what large products reach
+SHARED_LINES = 2.0  # neighbouring SMs ask for the same lines at the same time and are answered together
+STORE_TBS = 0.03  # of one program's epilogue: results and residual
+GATE_FLOPS = 28  # instructions an accumulator of the gate, on the ordinary units
+COMBINE_US = 0.9  # of the second kernel
+OVERLAP = 2.1  # the larger of two times that run beside each other is missed by little where they differ much
 SPLITS = (1, 2, 3, 4, 6, 8)
 
 
@@ -735,33 +744,53 @@ def estimate_us(
 ) -> float:
     """Time of one product of [M, K] and [N or 2·N, K] in µs.
 
-    The busiest SM makes ⌈programs / SMs⌉ tiles; each takes the longest of its FLOPs, the traffic of its shared memory
-    and its share of the second-level cache.  The memory must deliver the weights meanwhile.  Programs that share an SM
-    hide each other's start and end; others pay them in every round.
+    The busiest SM makes ⌈programs / SMs⌉ tiles.  It needs the time of their FLOPs and that of its share of the
+    second-level cache; the memory must deliver the weights meanwhile; and each program waits: for its start, in each
+    step for operands that were asked for only a pipeline's length before, and for its epilogue.  Programs that share an
+    SM wait together.
     """
     t = parameters
     rows = 2 * n if gated else n
-    programs = _cdiv(m, t.m) * _cdiv(rows, t.n) * t.splits
-    most = _cdiv(programs, device.num_sms)
-    depth = _cdiv(_cdiv(k, t.k), t.splits) * t.k
-    rate = (device.float_tflops if itemsize == 4 else device.half_tflops) / device.num_sms
-    flops_us = 2 * t.m * t.n * depth / rate * 1e-6
-    # Each block of 64 rows reads its own operand and all of the other; what arrives is written once.
-    moved = (max(1, t.m // 64) * (min(64, t.m) + t.n) + t.m + t.n) * depth * itemsize
-    shared_us = moved / SHARED_TBS * 1e-6
-    cache_us = (t.m + t.n) * depth * itemsize / (device.l2_tbs / device.num_sms) * 1e-6
-    gate_us = GATE_FLOPS * t.m * t.n / (device.float_tflops / device.num_sms) * 1e-6 if gated else 0.0
-    activations = (m * k + m * n * (2 if added else 1)) * itemsize
-    cached = activations < device.l2_bytes / 2
-    memory_us = rows * k * itemsize / device.memory_tbs * 1e-6
-    memory_us += activations / (device.l2_tbs if cached else device.memory_tbs) * 1e-6
-    resident = t.resident(itemsize, device)
-    rounds = most if resident == 1 else 1
-    tile_us = max(flops_us, shared_us, cache_us) + (gate_us if resident == 1 else gate_us / 2)
-    time = LAUNCH_US + START_US * rounds + max(most * tile_us, memory_us)
+    steps = _cdiv(_cdiv(k, t.k), t.splits)
+    most = _cdiv(_cdiv(m, t.m) * _cdiv(rows, t.n) * t.splits, device.num_sms)
+    rounds = _cdiv(most, min(t.resident(itemsize, device), most))
+    rate = (device.float_tflops if itemsize == 4 else device.half_tflops * PEAK) / device.num_sms
+    # Fewer than 64 rows do not fill Hopper's products, which go at half speed then.
+    step_us = 2 * t.m * t.n * t.k / rate * (2e-6 if t.m < 64 else 1e-6)
+    gate_us = GATE_FLOPS * t.m * t.n / (device.float_tflops / device.num_sms) * 1e-6 if gated and t.splits == 1 else 0.0
+    stored = t.m * t.n * (4 if t.splits > 1 else itemsize * (2 if added else 1)) / (2 if gate_us else 1)
+    cache_us = ((t.m + t.n) * t.k * steps * itemsize + stored) / (SHARED_LINES * device.l2_tbs / device.num_sms) * 1e-6
+    wait_us = START_US + steps * max(step_us, LATENCY_US / max(1, t.num_stages - 1)) + stored / STORE_TBS * 1e-6
+    memory_us = moved_us(rows * k * itemsize, (m * k + m * n * (2 if added else 1)) * itemsize, device)
+    time = together_us(
+        START_US + most * (steps * step_us + gate_us),
+        START_US + most * cache_us,
+        START_US + memory_us,
+        rounds * (wait_us + gate_us),
+    )
     if t.splits > 1:
-        time += LAUNCH_US + 2 * t.splits * m * rows * 4 / device.l2_tbs * 1e-6
+        time += combine_us(t.splits, m, rows, device)
     return time * (8.0 if replace(t, splits=1) == GENERAL else 1.0)
+
+
+def together_us(*times: float) -> float:
+    """The time of what runs beside each other: a little more than the longest."""
+    return float(sum(time**OVERLAP for time in times) ** (1 / OVERLAP))
+
+
+def moved_us(cold_bytes: float, warm_bytes: float, device: Device) -> float:
+    """Time to move what lies in the memory, and what was just written or is written now.
+
+    The second-level cache holds the latter if it is at most half as large, and nothing of it if it is larger.
+    """
+    missed = min(1.0, max(0.0, 2 * warm_bytes / device.l2_bytes - 1))
+    warm_us = (1 - missed) / device.l2_tbs + missed / device.memory_tbs
+    return (cold_bytes / device.memory_tbs + warm_bytes * warm_us) * 1e-6
+
+
+def combine_us(splits: int, m: int, rows: int, device: Device) -> float:
+    """Time of adding f32 parts of [M, rows] that were just written, and of having written them."""
+    return COMBINE_US + 2 * splits * m * rows * 4 / (0.9 * device.l2_tbs) * 1e-6
 
 
 def candidates(
