@@ -355,9 +355,23 @@ def test_estimates_grow_with_the_work() -> None:
 
 
 def test_estimates_are_near_what_was_measured() -> None:
-    """4096 tokens, 2 × 8 heads of 40 channels: 165 µs on an H100 without a launch from the host."""
-    blocks = Blocks(128, 64, 4, 3, split_k=True, split_v=True)
-    assert kernel.estimate_us(2, 4096, 4096, 8, 40, 2, blocks, H100) == pytest.approx(165, rel=0.15)
+    """On an H100, 2 × 8 heads (512 channels: one), in a CUDA graph."""
+    both = dict(split_k=True, split_v=True)
+    measured = [
+        (4096, 4096, 40, Blocks(128, 64, 8, 3, split_v=True, ones=True), 176.9),
+        (16384, 16384, 40, Blocks(128, 64, 8, 3, split_v=True, ones=True), 2732.7),
+        (4096, 4096, 80, Blocks(128, 64, 8, 3, registers=128, **both), 206.6),
+        (4096, 4096, 80, Blocks(64, 64, 4, 2, **both), 274.5),
+        (256, 256, 160, Blocks(64, 64, 4, 2, **both), 7.8),
+        (1024, 1024, 160, Blocks(128, 64, 8, 2, **both), 31.2),
+        (4096, 77, 40, Blocks(64, 128, 4, 1, single=True, **both), 11.2),
+        (4096, 4096, 512, Blocks(128, 32, 8, 2, columns=128), 218.3),
+        (16384, 16384, 512, Blocks(128, 16, 8, 3, columns=256), 2737.7),
+    ]
+    for rows, keys, channels, blocks, time in measured:
+        batch, heads = (1, 1) if channels == 512 else (2, 8)
+        estimate = kernel.estimate_us(batch, rows, keys, heads, channels, 2, blocks, H100)
+        assert estimate == pytest.approx(time, rel=0.15), blocks
 
 
 def test_forms_that_spill_before_hopper_are_left_out_there() -> None:

@@ -178,7 +178,8 @@ def flash(
     k_2 = (keys * k_row * 8)[:, None] + c_k2[None, :]
     v_1 = (keys * v_row * 8)[:, None] + c_v1[None, :]
     v_2 = (keys * v_row * 8)[:, None] + c_v2[None, :]
-    # Where the columns beyond the last one read 1 0 0 …
+    # Where the columns beyond the last one read 1 0 0 …: one line for all programs would be one bank of the cache.
+    ones += (tl.program_id(0) + tl.program_id(1)) % 64 * 512
     if V_2:
         o = (c_v2 - channels)[None, :]
     else:
@@ -463,15 +464,15 @@ _ONES: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
 def _ones(like: torch.Tensor) -> torch.Tensor:
-    """1 0 0 0 0 0 0 0 and more zeros: what padded columns of v read.
+    """64 lines of 1 0 0 0 0 0 0 0 and more zeros: what padded columns of v read.
 
     It is made once a device, unless a CUDA graph is being captured: memory of a graph holds nothing before a replay.
     """
     key = (like.device, like.dtype)
     found = _ONES.get(key)
     if found is None:
-        found = torch.zeros(HEADS[-1], dtype=like.dtype, device=like.device)
-        found[:1].fill_(1)
+        found = torch.zeros(64, HEADS[-1], dtype=like.dtype, device=like.device)
+        found[:, :1].fill_(1)
         if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
             _ONES[key] = found
     return found
@@ -578,45 +579,62 @@ def estimate_us(
     *,
     causal: bool = False,
 ) -> float:
-    """Time of one call in µs: that of the busiest multiprocessor, never less than the caches and the memory need.
+    """Time of one call in µs: that of the busiest multiprocessor, never less than the second-level cache needs.
 
-    Exponentials (16 in a clock) and the other instructions (128 lanes in a clock) overlap by about a third, and with
-    eight warps on a multiprocessor products and softmax take turns, as measured on an H100 with 40 channels.  More
-    warps let them overlap: that share is an estimate.
+    A program multiplies, then takes exponentials, then multiplies: two on one multiprocessor overlap little, and what
+    they wait for each other within a block of keys only further programs hide.  Fitted to an H100 with heads of 40 to
+    512 channels, 77 to 16,384 keys: within 15 %.
     """
     p, head = parameters, head_class(channels)
-    k1, k2, v1, v2 = p.widths(head)
+    values = sum(p.widths(head)[2:])
     programs = -(-num_rows // p.rows) * batch * heads * (-(-channels // p.columns) if p.columns else 1)
     steps = -(-num_keys // p.keys) * (0.5 if causal else 1.0) + (0.5 if causal else 0.0)
-    scores = p.rows * p.keys * steps
+    scores = p.rows * p.keys
 
-    clock = _clock_hz(device)
-    rate = (device.float_tflops if itemsize == 4 else device.half_tflops) * 1e12 / device.num_sms
-    products = 2 * scores * (k1 + k2 + v1 + v2) / rate
-    softmax = 0.7 * scores * (1 / 16 + _instructions(p, v1 + v2) / 128) / clock
+    clock = clock_hz(device)
+    products = _product_clocks(p, head, itemsize, device)
+    softmax = 0.67 * scores * (1 / 16 + _instructions(p, head, itemsize) / 128)
     turns = -(-programs // device.num_sms)
-    resident = _resident(p, head, itemsize, device)
-    rounds = -(-programs // (device.num_sms * resident))
-    overlap = max(-0.25, min(0.5, (min(resident, turns) * p.num_warps - 8) / 16))
-    # Alone, a program waits for each of its steps: load, product, exponentials, product.
-    busy = max(turns * (products + softmax - overlap * min(products, softmax)), rounds * (steps * 700 + 2500) / clock)
+    resident = min(turns, _resident(p, head, itemsize, device))
+    overlap = max(0.0, min(0.5, (resident * p.num_warps - 8) / 16))
+    step = products + softmax - overlap * min(products, softmax) + (0 if p.single else 500 / resident)
+    busy = (turns * steps * step + (3700 if p.single else 2500)) / clock
 
-    read = programs * (num_keys * (channels + min(channels, v1 + v2)) + p.rows * channels) * itemsize
+    read = programs * (num_keys * (channels + min(channels, values)) + p.rows * channels) * itemsize
     once = 2 * batch * heads * (num_rows + num_keys) * channels * itemsize
-    memory = device.l2_tbs if once < device.l2_bytes / 2 else device.memory_tbs
-    return LAUNCH_US + 1e6 * max(busy, read / (device.l2_tbs * 1e12), once / (memory * 1e12))
+    memory = once / (1e12 * (device.l2_tbs if once < device.l2_bytes / 2 else device.memory_tbs))
+    # A single block leaves nothing to compute while its program reads and writes.
+    busy = busy + memory if p.single else max(busy, memory)
+    return LAUNCH_US + 1e6 * max(busy, read / (device.l2_tbs * 1e12))
 
 
-def _clock_hz(device: Device) -> float:
+def _product_clocks(p: Blocks, head: int, itemsize: int, device: Device) -> float:
+    """Clocks that the tensor cores need for one block of keys.
+
+    From Hopper on q comes out of the shared memory, 128 bytes in a clock, for each 64 rows and each block of keys
+    again: with few keys that takes longer than the product.
+    """
+    k1, k2, v1, v2 = p.widths(head)
+    peak = (device.float_tflops if itemsize == 4 else device.half_tflops) / 0.85
+    rate = 2 * p.rows * p.keys / (peak * 1e12 / device.num_sms / clock_hz(device))
+    shared = p.rows / 64 * (64 + p.keys) * (k1 + k2) * itemsize / 128 if device.arch >= 90 and itemsize == 2 else 0.0
+    return max(rate * (k1 + k2), shared) + rate * (v1 + v2)
+
+
+def clock_hz(device: Device) -> float:
     lanes = 64 if device.arch == 80 else 128
     return device.float_tflops * 1e12 / (2 * lanes * device.num_sms) / 0.85
 
 
-def _instructions(p: Blocks, values: int) -> float:
+def _instructions(p: Blocks, head: int, itemsize: int) -> float:
     """Instructions for each score: counted in the machine code for sm_90."""
-    around = 110 * 32 * p.num_warps / (p.rows * p.keys)
-    rescale = 0.0 if p.single or p.lazy else values / p.keys
-    return 4.4 + around + rescale + (0.0 if p.ones else 1.2) + (1.3 if p.ahead else 0.0) + (0.5 if p.lazy else 0.0)
+    k1, k2, v1, v2 = p.widths(head)
+    each = p.rows * p.keys / (32 * p.num_warps)
+    if p.single:  # 20 for each load of 16 bytes: nothing is computed once and used by many blocks
+        loads = (p.rows * (k1 + k2) + p.keys * (k1 + k2 + v1 + v2)) * itemsize / (16 * 32 * p.num_warps)
+        return 6.5 + (250 + 20 * loads) / each
+    rescale = 0.0 if p.lazy else (v1 + v2) / p.keys
+    return 4.4 + 110 / each + rescale + (0.0 if p.ones else 1.2) + (1.3 if p.ahead else 0.0) + (0.5 if p.lazy else 0.0)
 
 
 def _resident(p: Blocks, head: int, itemsize: int, device: Device) -> int:
