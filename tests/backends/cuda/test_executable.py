@@ -308,6 +308,29 @@ def test_a_failed_recording_leaves_the_pool_usable() -> None:
     pool.record((0, "good"), [x], works)
     (made,) = pool.replay((0, "good"), [x * 4]) or [None]
     torch.testing.assert_close(made, torch.full_like(made, 5.0))  # type: ignore[arg-type]
+    assert torch.isfinite(torch.randn(3, device="cuda")).all(), "random numbers know that nothing is being recorded"
+    pool.clear()
+
+
+@pytest.mark.gpu
+def test_a_recording_after_all_others_have_gone() -> None:
+    pool = graphs.GraphPool(torch.device("cuda", 0))
+    x = torch.ones(1000, device="cuda")
+    for number in range(3):
+        pool.record((number, "only"), [x], lambda: [x + 1])
+        assert pool.replay((number, "only"), [x]) is not None
+        pool.forget(number)
+        assert len(pool) == 0
+
+
+@pytest.mark.gpu
+def test_a_recording_for_which_memory_is_short() -> None:
+    pool = graphs.GraphPool(torch.device("cuda", 0))
+    x = torch.ones(1000, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        pool.record((0, "large"), [x], lambda: [torch.empty(1 << 45, dtype=torch.uint8, device="cuda")])
+    pool.record((0, "small"), [x], lambda: [x + 1])
+    assert pool.replay((0, "small"), [x]) is not None
     pool.clear()
 
 

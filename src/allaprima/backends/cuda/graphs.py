@@ -49,14 +49,29 @@ class GraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        with torch.cuda.device(device):
-            self.memory = torch.cuda.MemPool()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.lock = RLock()
         self._last = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._recorded: OrderedDict[tuple[int, Any], Recorded] = OrderedDict()
+        self._failed: list[torch.cuda.CUDAGraph] = []
+        self._begin()
         # Graphs have to go before the pool and before CUDA does; when the interpreter ends, nothing else sees to that.
-        atexit.register(self.clear)
+        atexit.register(self._end)
+
+    def _begin(self) -> None:
+        """Take a new pool, and record next to nothing in it: torch 2.11 refuses a pool whose graphs have all gone.
+
+        A recording that ends well also tells the random number generator that none is going on.
+        """
+        with torch.cuda.device(self.device):
+            self.memory = torch.cuda.MemPool()
+            self._anchor = torch.cuda.CUDAGraph()
+            with self._recording():
+                self._captured(self._anchor, lambda: [torch.zeros(1, device=self.device)])
+
+    def _end(self) -> None:
+        self.clear()
+        self._anchor.reset()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -100,33 +115,46 @@ class GraphPool:
         with self._turn():
             before = self._beside_the_allocator()
             graph = torch.cuda.CUDAGraph()
-            # A tensor made in inference mode could not be written to outside of it; CUDAGraph makes some of its own.
-            with self._aside(), torch.inference_mode(False), torch.no_grad(), _no_collection():
-                made = self._captured(graph, work)
+            try:
+                with self._recording():
+                    made = self._captured(graph, work)
+            except BaseException:
+                self._abandon(graph)
+                raise
             nbytes = max(0, self._beside_the_allocator() - before)
             self._recorded[key] = Recorded(own, made, graph, nbytes)
             self._keep_budget()
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        # A tensor made in inference mode could not be written to outside of it; CUDAGraph makes some of its own.
+        with self._aside(), torch.inference_mode(False), torch.no_grad(), _no_collection():
+            yield
 
     def _captured(self, graph: torch.cuda.CUDAGraph, work: Callable[[], list[Any]]) -> list[Any]:
         graph.capture_begin(pool=self.memory.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
         try:
             made = work()
         except BaseException:
-            self._abandon(graph)
+            with suppress(RuntimeError):
+                graph.capture_end()
+                graph.reset()
             raise
-        try:
-            graph.capture_end()
-        except RuntimeError:
-            self._abandon(graph)
-            raise
+        graph.capture_end()
         return made
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """After a failure: end the recording, and let the allocator forget that its memory was the graph's."""
+        """After a failure: leave the pool, which torch 2.11 takes for one that is being recorded to for ever.
+
+        The graph stays: where ending failed, torch's allocators go on to ask it whether it is recording.
+        """
+        self._failed.append(graph)
+        index = self.device.index or 0
         with suppress(RuntimeError):
-            graph.capture_end()
-        with suppress(RuntimeError):  # torch 2.11 leaves this out where ending fails
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.memory.id)
+            torch._C._cuda_endAllocateToPool(index, self.memory.id)
+            torch._C._cuda_releasePool(index, self.memory.id)
+        self._end()
+        self._begin()
 
     def _beside_the_allocator(self) -> int:
         """Bytes in use on the GPU that torch's allocator knows nothing of: among them, recorded graphs."""
