@@ -48,6 +48,16 @@ def test_the_calls_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "forward" not in pipe.text_encoder.__dict__
 
 
+def test_a_folded_weight_belongs_to_the_plain_one() -> None:
+    x, weight, folded = (torch.empty(s, device=HERE) for s in ((1, 8, 4, 4), (16, 8, 3, 3), (64, 8, 2, 2)))
+    call = call_of(ops.upsample_conv_folded, x, weight, folded, None, 8, 8, cold=(1, 2))
+    for given in arguments_for(call, HERE, copies=2):
+        torch.testing.assert_close(given[2], ops.fold_upsample_weight(given[1]))
+    (made,) = measure([call], H100, HERE)
+    assert {t.candidate.split()[1] for t in made.timed} >= {"cudnn"}
+    assert not [t.note for t in made.timed if t.candidate.startswith("upsample cudnn") and t.note]
+
+
 def test_arguments_lie_as_they_did() -> None:
     base = torch.empty(3, 7, 40, device=HERE)
     x, weight = base[:, 1:, 8:24], torch.empty(24, 16, device=HERE)

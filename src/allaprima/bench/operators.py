@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import ops
 from ..backends.cuda.choose import OPERATORS, Candidate, Choice, Form
 from ..backends.cuda.device import Device
 from ..backends.cuda.plan import Plan, Slot
@@ -169,7 +170,12 @@ def arguments_for(call: Call, device: torch.device, copies: int = 1) -> list[lis
             hot[position] = _random(form, device)
         return hot[position]
 
-    return [_filled(call.choice.forms, tensor, itertools.count()) for _ in range(copies)]
+    given = [_filled(call.choice.forms, tensor, itertools.count()) for _ in range(copies)]
+    if call.choice.target is ops.upsample_conv_folded:
+        # Both forms must make the same picture: the folded weight is the sums of the other's taps.
+        for _, weight, folded, *_ in given:
+            folded.copy_(ops.fold_upsample_weight(weight))
+    return given
 
 
 def _filled(value: Any, tensor: Callable[[int, Form], torch.Tensor], positions: Iterator[int]) -> Any:

@@ -9,6 +9,7 @@ convolution in where a tap reads and where a pixel is stored, and in nothing els
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -663,42 +664,76 @@ def resident(tile: Tile, itemsize: int, device: Device) -> int:
     return max(1, min(by_shared, 65536 // registers, 64 // tile.warps))
 
 
-def tile_us(work: Work, itemsize: int, tile: Tile, device: Device, addend: bool = False) -> float:
-    """Time of `conv_kernel` and, if the sum is split, of what adds the parts, µs.
+ALONE, TOGETHER, BUSY = 1.46, 2.0, 0.43
+"""Loads of a multiprocessor over its share of the cache's rate: with one program, and with several, which hide each
+other's latency; and how much longer a step is while all multiprocessors work: the clock falls, the cache is shared."""
 
-    A step of a program takes the longest of its products, its loads from the second-level cache, and the latency that
-    its stages cannot hide.  Programs of one multiprocessor share the first two and hide each other's latency.
+BEGIN_US, END_BYTES = 1.0, 21e3
+"""What a program takes before its first and after its last step: a latency, and what it stores, bytes a µs."""
+
+
+def tile_us(work: Work, itemsize: int, tile: Tile, device: Device, addend: bool = False, parts: int = 1) -> float:
+    """Time of `conv_kernel` and of what adds the parts, µs; parts: of the sum, beside the tile's own splits.
+
+    A step of a program takes the longest of its products and its loads.  Programs of one multiprocessor share both.
     """
-    steps = ceil_div(work.steps(tile), tile.splits)
-    together = resident(tile, itemsize, device)
-    tflops = device.half_tflops if itemsize == 2 else device.float_tflops
-    columns = tile.n + tile.more
-    # Small tiles feed the tensor cores from shared memory less well.
-    share = 0.85 if tile.m * columns >= 128 * 128 else 0.7 if tile.m * columns >= 64 * 128 else 0.55
-    products_us = 2 * tile.m * columns * tile.k / (share * tflops * 1e6 / device.num_sms)
-    loads_us = (tile.m + columns) * tile.k * itemsize / (device.l2_tbs * 1e6 / device.num_sms)
-    alone_us = 0.8 / (tile.stages - 1)
-    busiest = ceil_div(work.tiles(tile) * tile.splits, device.num_sms)
-    full, rest = divmod(busiest, together)
-    step_us = max(products_us, loads_us)
-    busy_us = full * (steps * max(together * step_us, alone_us) + 1.5)
-    busy_us += (steps * max(rest * step_us, alone_us) + 1.5) if rest else 0.0
     num_out = work.positions * work.outputs * work.phases
+    parts *= tile.splits
+    columns = tile.n + tile.more
+    num_tiles = work.tiles(tile) * tile.splits
+    busiest = ceil_div(num_tiles, device.num_sms)
+    # Products with zeros beyond the border of the result cost time, but neither power nor loads.
+    used = work.positions * work.outputs * work.phases / (work.tiles(tile) * tile.m * columns)
+    busy = 1 + BUSY * used * num_tiles / (busiest * device.num_sms)
+    tflops = 1.08 * device.half_tflops if itemsize == 2 else 0.7 * device.float_tflops
+    products_us = 2 * tile.m * columns * tile.k / (tflops * 1e6 / device.num_sms)
+    loads_us = (tile.m + columns) * tile.k * itemsize / (device.l2_tbs * 1e6 / device.num_sms)
+    written = (4 if parts > 1 else itemsize) + (itemsize * addend if parts == 1 else 0)
+    ends_us = BEGIN_US + tile.m * columns * written / END_BYTES
+    steps = ceil_div(work.steps(tile), tile.splits)
+
+    def round_us(together: int) -> float:
+        shared_us = together * max(products_us, loads_us / TOGETHER)
+        return steps * busy * max(products_us, loads_us / ALONE, shared_us if together > 1 else 0.0) + ends_us
+
+    full, rest = divmod(busiest, resident(tile, itemsize, device))
+    busy_us = full * round_us(resident(tile, itemsize, device)) + (round_us(rest) if rest else 0.0)
     # What the previous kernel left in the cache is not read from memory again.
-    spilled = max(0, (work.input_elements + (1 + addend) * num_out) * itemsize - device.l2_bytes // 2)
-    time = LAUNCH_US + max(busy_us, (work.weight_elements * itemsize + spilled) / (device.memory_tbs * 1e6))
-    if tile.splits > 1:
-        time += finish_us(tile.splits, num_out, 4, itemsize, addend, device)
-    return time
+    moved = work.input_elements * itemsize + num_out * written * tile.splits
+    memory_us = memory_time(work.weight_elements * itemsize, moved, device)
+    # Memory is waited for at the beginning and the end of programs, so that it hides behind products only partly.
+    time = LAUNCH_US + math.hypot(busy_us, memory_us)
+    return time + (finish_us(parts, num_out, 4, itemsize, addend, device) if parts > 1 else 0.0)
 
 
-def library_us(flops: float, moved_bytes: float, itemsize: int, device: Device) -> float:
+def memory_time(cold_bytes: float, warm_bytes: float, device: Device) -> float:
+    """Time to move what lies in no cache, and of what may lie there the part that half of the cache cannot hold, µs."""
+    return (cold_bytes + max(0.0, warm_bytes - device.l2_bytes / 2)) / (device.memory_tbs * 1e6)
+
+
+LIBRARY_COLUMNS = (128, 160, 256)
+LIBRARY_SPLITS = (1, 2, 3, 4, 6, 8, 16)
+
+
+def library_us(work: Work, itemsize: int, device: Device, strided: bool = False) -> float:
     """Time of a convolution of cuDNN, µs, without its launch.
 
-    Fitted on an H100: 40 µs for 15 GFLOP, 78 for 45, and 3.8 ms for all 2,470 of a decoder at 512².
+    It behaves like tiles of 128 rows with the best of some widths and splits: of large rate, and with much to do before
+    and after the steps.  Fitted on an H100 to 60 convolutions, ±7 %.
     """
-    rate = 0.875 * (device.half_tflops if itemsize == 2 else device.float_tflops)
-    return 14.0 + max(flops / (rate * 1e6), moved_bytes / (device.memory_tbs * 1e6))
+    rate = 0.96 * (device.half_tflops if itemsize == 2 else device.float_tflops) / (1.2 if strided else 1.0)
+    num_out = work.positions * work.outputs * work.phases
+    moved = (work.input_elements + num_out) * itemsize
+    depth = work.taps * work.channels
+
+    def cut_us(columns: int, splits: int) -> float:
+        tiles = ceil_div(work.positions, 128) * ceil_div(work.outputs, columns) * work.phases * splits
+        steps_us = 2 * 128 * columns * depth / splits / (rate * 1e6 / device.num_sms)
+        adding_us = finish_us(splits, num_out, 4, itemsize, False, device) if splits > 1 else 0.0
+        return ceil_div(tiles, device.num_sms) * (steps_us + 6.5 + 0.026 * columns) + adding_us
+
+    cuts = [(n, s) for n in LIBRARY_COLUMNS for s in LIBRARY_SPLITS if s == 1 or depth >= 512 * s]
+    return max(min(cut_us(n, s) for n, s in cuts), 15.0 + memory_time(work.weight_elements * itemsize, moved, device))
 
 
 def candidate_tiles(work: Work, itemsize: int, device: Device, num_sources: int = 1) -> list[Tile]:
@@ -727,27 +762,20 @@ def candidates(shape: Shape, itemsize: int, device: Device) -> list[Parameters]:
 
 def estimate_us(shape: Shape, itemsize: int, parameters: Parameters, device: Device, addend: bool = False) -> float:
     """Time on `device`, µs, launches included; `addend`: with a residual or an embedding."""
-    num_out = shape.batch * shape.outputs * shape.rows * shape.columns
-    num_in = shape.batch * shape.channels * shape.height * shape.width
-    weights = shape.outputs * shape.channels * shape.kernel[0] * shape.kernel[1]
+    work = work_of(shape)
+    num_out = work.positions * work.outputs
     if isinstance(parameters, Flat | Patch):
         sizes = (shape.batch, shape.channels, shape.height, shape.width, shape.outputs, shape.rows, shape.columns)
         return few_channels_us(sizes, shape.kernel, itemsize, parameters, device)
     if isinstance(parameters, Library):
-        # A result of few channels leaves most of the library's tile empty: 110 µs for 128 → 3 at 512² on an H100.
-        flops = shape.flops * max(1.0, 128 / shape.outputs)
-        spilled = max(0, (num_in + num_out) * itemsize - device.l2_bytes // 2)
-        time = LAUNCH_US + library_us(flops, weights * itemsize + spilled, itemsize, device)
+        time = LAUNCH_US + library_us(work, itemsize, device, max(shape.stride) > 1)
         time += finish_us(1, num_out, itemsize, itemsize, True, device) if addend else 0.0
-        return time + (finish_us(1, num_in, itemsize, itemsize, False, device) if shape.num_sources > 1 else 0.0)
-    if shape.num_sources == 1:
-        return tile_us(work_of(shape), itemsize, parameters, device, addend)
+        cat_us = finish_us(1, work.input_elements, itemsize, itemsize, False, device)
+        return time + (cat_us if shape.num_sources > 1 else 0.0)
     # Sources are parts of the sum that run one after the other.
     part = work_of(replace(shape, channels=ceil_div(shape.channels, shape.num_sources)))
+    once = tile_us(part, itemsize, parameters, device, addend, shape.num_sources)
+    if shape.num_sources == 1:
+        return once
     adding = finish_us(parameters.splits * shape.num_sources, num_out, 4, itemsize, addend, device)
-    once = tile_us(part, itemsize, replace(parameters, splits=1), device)
-    if parameters.splits > 1:
-        once = tile_us(part, itemsize, parameters, device) - finish_us(
-            parameters.splits, num_out, 4, itemsize, False, device
-        )
-    return shape.num_sources * once + adding
+    return shape.num_sources * (once - adding) + adding

@@ -146,7 +146,12 @@ def finish_variants(dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def finish_us(num_parts: int, num_elements: int, parts_size: int, itemsize: int, addend: bool, device: Device) -> float:
-    """Time of `finish_launch`, µs: what it moves at the cache's rate while that holds it, else at the memory's."""
+    """Time of `finish_launch`, µs: a latency for every four parts, and what it moves, by the memory or the cache."""
     moved = num_elements * (num_parts * parts_size + itemsize * (1 + addend))
-    rate = 0.6 * device.l2_tbs if moved < device.l2_bytes else device.memory_tbs
-    return LAUNCH_US + 1.0 + moved / (rate * 1e6)
+    cached = min(moved, HELD * device.l2_bytes)
+    moving_us = cached / (device.l2_tbs * 1e6) + (moved - cached) / (device.memory_tbs * 1e6)
+    return FINISH_US + ROUND_US * ceil_div(num_parts, 4) + moving_us
+
+
+FINISH_US, ROUND_US, HELD = 0.5, 1.7, 0.5
+"""A launch behind the one that made the parts; four loads at a time; the part of the cache that still holds them."""

@@ -158,7 +158,7 @@ class Patch:
 
 
 FLATS = (Flat(64, 64, 4), Flat(32, 64, 4))
-PATCHES = (Patch(16, 16, 8, 2), Patch(8, 16, 4, 3))
+PATCHES = (Patch(8, 16, 4, 3),)
 MAX_FLAT_CHANNELS = 16
 """From here on whole tiles of channels are worth more than the padding of the axis."""
 
@@ -301,6 +301,6 @@ def few_channels_us(
         return LAUNCH_US + 3.0 + max(waves * each_us, moved / (device.memory_tbs * 1e6))
     depth = 64 * ceil_div(channels * kernel[0] * kernel[1], 64)
     num_tiles = ceil_div(batch * rows * columns, parameters.m) * ceil_div(outputs, parameters.n)
-    each_us = depth * (parameters.m + parameters.n) / 32 / 1.5e3
+    each_us = 2.5 * depth / 64
     rate = device.l2_tbs if moved < device.l2_bytes else device.memory_tbs
     return LAUNCH_US + 2.0 + max(max(1.0, num_tiles / device.num_sms) * each_us, moved / (rate * 1e6))

@@ -219,9 +219,7 @@ def estimate_us(shape: Shape, itemsize: int, parameters: Parameters, device: Dev
             edge = replace(work, positions=shape.batch * max(shape.rows, shape.columns), taps=9, phases=1)
             time = max(time, tile_us(edge, itemsize, parameters.tile, device))
         return time
-    flops = 2.0 * work.positions * work.phases * shape.outputs * shape.channels * work.taps
-    weights = shape.outputs * shape.channels * (16 if parameters.folded else 9) * itemsize
-    time = LAUNCH_US + library_us(flops, weights, itemsize, device)
-    # ATen writes the large picture; or it shuffles the phases and cuts what is outside, two more passes.
+    # ATen writes the large picture; or it shuffles the phases and cuts what is outside, in two slow passes.
     passed = num_out if parameters.folded else num_out * shape.channels // shape.outputs
-    return time + (2 if parameters.folded else 1) * finish_us(1, passed, itemsize, itemsize, False, device)
+    passes_us = (14 if parameters.folded else 1) * finish_us(1, passed, itemsize, itemsize, False, device)
+    return LAUNCH_US + library_us(work, itemsize, device) + passes_us
