@@ -21,13 +21,13 @@ from triton.runtime import interpreter
 from allaprima.backends.cuda.device import KNOWN
 from allaprima.backends.cuda.kernels import cublas, products
 from allaprima.backends.cuda.kernels import linear as kernels
-from allaprima.backends.cuda.kernels.linear import FLOAT_TILES, GENERAL, HALF_TILES, Tile
+from allaprima.backends.cuda.kernels.linear import FLOAT_TILES, GATED_TILES, GENERAL, HALF_TILES, Tile
 from allaprima.errors import InputError
 from allaprima.ops.convolution import conv2d_add, conv2d_cat
 from allaprima.ops.linear import geglu_linear, linear_add
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SMALL = Tile(64, 64, 64, 4, 4)
+SMALL = Tile(64, 64, 64, 4, 6)
 POINTWISE = ((1, 1), (0, 0), (1, 1))
 
 
@@ -128,7 +128,8 @@ def test_every_tile_makes_every_product(device: torch.device, dtype: torch.dtype
     pictures, pointwise = [make.picture(2, 128, 1, 17), make.picture(2, 128, 1, 17)], weight[:, :, None, None]
     for tile in tiles(dtype):
         assert_right(kernels.linear_add(x, weight, bias, addend, parameters=tile), linear_add, x, weight, bias, addend)
-        assert_right(kernels.geglu_linear(x, weight, bias, parameters=tile), geglu_linear, x, weight, bias)
+        if dtype == torch.float32 or tile.splits > 1 or tile in GATED_TILES:
+            assert_right(kernels.geglu_linear(x, weight, bias, parameters=tile), geglu_linear, x, weight, bias)
         ours = kernels.conv2d_cat(pictures, pointwise, bias, *POINTWISE, parameters=tile)
         assert ours.is_contiguous(memory_format=torch.channels_last)
         assert_right(ours, conv2d_cat, pictures, pointwise, bias, *POINTWISE)

@@ -9,6 +9,7 @@ and applies the epilogue, so that results never depend on timing.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -41,16 +42,18 @@ def _gelu(x, GEGLU: tl.constexpr, EXACT: tl.constexpr):
         return x * (1.0 - 1.0 / (1.0 + tl.exp(tl.minimum(2.0 * u, 80.0))))
     if EXACT:
         return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    # x·Φ(x) by the tail Φ(-|x|) = polynomial(t)·exp(-x²/2) (Abramowitz & Stegun 7.1.26, absolute error below 1e-7).
-    # Two thirds of erf's instructions, in an epilogue that little else hides, and closer to the truth left of -3, where
-    # 1 + erf cancels.
-    size = tl.abs(x)
-    t = 1.0 / (1.0 + 0.23164188773 * size)
-    tail = 0.5307027145 * t - 0.7265760135
-    tail = tail * t + 0.7107068705
-    tail = tail * t - 0.142248368
-    tail = (tail * t + 0.1274147959) * t * tl.exp2(-0.7213475204444817 * x * x)
-    return tl.maximum(x, 0.0) - size * tail
+    # x·Φ(x) by the tail, whose logarithm is nearly a parabola: log2 Φ(-t) as a polynomial, least relative error of Φ
+    # (3e-6) up to t = 5.5.  Half of erf's instructions, in an epilogue that little else hides, and closer to the truth
+    # left of -3, where 1 + erf cancels.
+    t = tl.abs(x)
+    log2_tail = -1.79345646e-06 * t + 6.09042008e-05
+    log2_tail = log2_tail * t - 0.000926029257
+    log2_tail = log2_tail * t + 0.00849375825
+    log2_tail = log2_tail * t - 0.053937848
+    log2_tail = log2_tail * t - 0.458480506
+    log2_tail = log2_tail * t - 1.15124684
+    log2_tail = log2_tail * t - 0.999995465
+    return tl.maximum(x, 0.0) - t * tl.exp2(log2_tail)
 
 
 @triton.jit
@@ -246,21 +249,27 @@ class Tile:
 
 
 HALF_TILES = (
-    Tile(128, 256, 64, 8, 4),
-    Tile(256, 128, 64, 8, 3),
     Tile(128, 128, 64, 8, 4),
     Tile(128, 128, 64, 4, 3),
     Tile(64, 128, 64, 4, 3),
+    Tile(64, 128, 64, 4, 5),
     Tile(128, 64, 64, 4, 3),
-    Tile(64, 64, 64, 4, 4),
+    Tile(64, 64, 64, 4, 6),
     Tile(32, 64, 128, 4, 4),
 )
-"""Tiles for f16 and bf16.  320 columns are five tiles of 64, 640 five of 128.  Two to four programs of the small ones
-share an SM and hide each other's start and end, which is half of the time where K is 320.  All but the first fit the
-99 KB of sm_86 and sm_89, which hold one stage less."""
+"""Tiles for f16 and bf16.  320 columns are five tiles of 64, 640 five of 128.  Two or three programs of those with few
+stages share an SM and hide each other's start and end, which is half of the time where K is 320; those with more are
+for results of less than one tile an SM, where nothing else hides the memory's latency.  All fit the 99 KB of sm_86
+and sm_89, which hold one stage less."""
 
-HALF_RAGGED = (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4))
-"""Tiles that are also compiled for a K that is not a multiple of their k."""
+GATED_TILES = (Tile(128, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 6))
+"""Tiles that are also compiled with a gate, for which large ones are best: its columns are 2·N."""
+
+SPLIT_TILES = (Tile(64, 128, 64, 4, 5), Tile(64, 64, 64, 4, 6), Tile(32, 64, 128, 4, 4))
+"""Tiles that are also compiled for a part of K: where large ones are too few, small ones are better than parts."""
+
+HALF_RAGGED = (Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 6))
+"""Tiles that are also compiled for a K that is not a multiple of their k, and for gelu by tanh."""
 
 FLOAT_TILES = (Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3))
 """Tiles for f32, which runs on the ordinary units: without TF32 the tensor cores cannot make these numbers."""
@@ -296,15 +305,13 @@ def _combine_form(
 
 def variants(dtype: torch.dtype) -> Iterator[Variant]:
     """Every form that the calls of this file launch with tensors of `dtype`."""
-    for even_k in (True, False):
-        for tile in tiles_of(dtype):
-            for gelu in GELU.values():
-                for sources, addend in ((1, NO_ADDEND), (1, ROWS), (2, NO_ADDEND)):
-                    if _compiled(dtype, tile, even_k, gelu) and not (gelu and (addend or sources == 2)):
-                        yield _product_form(dtype, tile, 8, even_k, sources, addend, gelu, False)
-            for sources in (1, 2):
-                if _compiled(dtype, tile, even_k, 0):
-                    yield _product_form(dtype, tile, 8, even_k, sources, NO_ADDEND, 0, True)
+    for tile, even_k in itertools.product(tiles_of(dtype), (True, False)):
+        for sources, addend, gelu in ((1, 0, 0), (1, ROWS, 0), (2, 0, 0), (1, 0, 1), (1, 0, 2)):
+            if _compiled(dtype, tile, even_k, gelu):
+                yield _product_form(dtype, tile, 8, even_k, sources, addend, gelu, False)
+        for sources in (1, 2):
+            if _compiled(dtype, replace(tile, splits=2), even_k, 0):
+                yield _product_form(dtype, tile, 8, even_k, sources, NO_ADDEND, 0, True)
     for sources, addend, gelu in ((1, 0, 0), (2, 0, 0), (1, ROWS, 0), (1, STRIDED, 0), (1, 0, 1), (1, 0, 2)):
         yield _product_form(dtype, GENERAL, 1, False, sources, addend, gelu, False)
     for addend, gelu in ((NO_ADDEND, 0), (ROWS, 0), (NO_ADDEND, 1), (NO_ADDEND, 2)):
@@ -316,7 +323,14 @@ def variants(dtype: torch.dtype) -> Iterator[Variant]:
 
 def _compiled(dtype: torch.dtype, tile: Tile, even_k: bool, gelu: int) -> bool:
     """Whether there is a form of `tile`: those rarely asked for exist for a few tiles only."""
-    return (even_k and gelu < 2) or dtype == torch.float32 or replace(tile, splits=1) in HALF_RAGGED
+    if dtype == torch.float32:
+        return True
+    whole = replace(tile, splits=1)
+    return (
+        (tile.splits == 1 or whole in SPLIT_TILES)
+        and (gelu == 0 or whole in GATED_TILES)
+        and ((even_k and gelu < 2) or whole in HALF_RAGGED)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ from tensors
@@ -733,7 +747,7 @@ LATENCY_US = 0.66  # from asking the memory for an operand until it is there
 PEAK = 1.68  # of the tensor cores alone, over what large products reach
 SHARED_LINES = 2.0  # neighbouring SMs ask for the same lines at the same time and are answered together
 STORE_TBS = 0.03  # of one program's epilogue: results and residual
-GATE_FLOPS = 28  # instructions an accumulator of the gate, on the ordinary units
+GATE_FLOPS = 14  # instructions an accumulator of the gate, on the ordinary units
 COMBINE_US = 0.9  # of the second kernel
 OVERLAP = 2.1  # the larger of two times that run beside each other is missed by little where they differ much
 SPLITS = (1, 2, 3, 4, 6, 8)
@@ -812,6 +826,7 @@ def candidates(
             # Splitting pays only where SMs stand idle, and each part must be worth its start.
             if splits > 1 and (programs * splits > 3 * device.num_sms or steps < 3 * splits):
                 break
-            if _compiled(dtype, tile, even_k, gelu if splits == 1 else 0):
-                found.append(replace(tile, splits=splits))
+            cut = replace(tile, splits=splits)
+            if _compiled(dtype, cut, even_k, gelu if splits == 1 else 0):
+                found.append(cut)
     return found or [GENERAL]
