@@ -145,6 +145,54 @@ def _rescale(acc, factor, LAYOUT: gl.constexpr, WIDTH: gl.constexpr, LAZY: gl.co
         return acc * factor[:, None]
 
 
+@constexpr_function
+def _weights_asm(poly):
+    """PTX: 2^(s·factor − m) of 8 scores, the last `poly` of them by a polynomial; m is whole.
+
+    The exponential unit makes 4 results in a clock for each quarter of a multiprocessor, which is less than all else
+    needs; 2^r for |r| ≤ 1/2 by a cubic is right to 2^-13.7, and its exponent is added as an integer.
+    """
+    lines = ["{ .reg .f32 x<8>, t<8>, u<8>; .reg .b32 n<8>;"]
+    for i in range(8):
+        s, factor, m, shifted = (f"${8 * k + i}" for k in (1, 2, 3, 4))
+        if i < 8 - poly:
+            lines += [
+                f"neg.f32 t{i}, {m};",
+                f"fma.rn.f32 x{i}, {s}, {factor}, t{i};",
+                f"ex2.approx.ftz.f32 ${i}, x{i};",
+            ]
+            continue
+        lines += [
+            f"fma.rn.f32 t{i}, {s}, {factor}, {shifted};",  # 3·2^22 + the nearest whole number
+            f"max.f32 t{i}, t{i}, 0f4B3FFF82;",  # 3·2^22 - 126
+            f"sub.f32 u{i}, t{i}, {shifted}; neg.f32 u{i}, u{i};",
+            f"fma.rn.f32 x{i}, {s}, {factor}, u{i};",
+            f"fma.rn.f32 u{i}, x{i}, 0f3D61FBB0, 0f3E786F0D;",
+            f"fma.rn.f32 u{i}, u{i}, x{i}, 0f3F31798D;",
+            f"fma.rn.f32 u{i}, u{i}, x{i}, 0f3F7FFB49;",
+            f"mov.b32 n{i}, t{i}; shl.b32 n{i}, n{i}, 23;",
+            f"{{ .reg .b32 y; mov.b32 y, u{i}; add.s32 y, y, n{i}; mov.b32 ${i}, y; }}",
+        ]
+    return "\n".join([*lines, "}"])
+
+
+_CONSTRAINTS = gl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f" + ",f" * 32)
+
+
+@gluon.jit
+def _weights(s, factor, m, POLY: gl.constexpr):
+    """2^(s·factor − m): scaling inside of the exponent is one fused multiply-add, and leaves q unrounded."""
+    if POLY:
+        shifted = 12582912.0 - m
+        s, m_all = gl.broadcast(s, m[:, None])
+        s, shifted_all = gl.broadcast(s, shifted[:, None])
+        factors = gl.zeros_like(s) + factor
+        operands = [s, factors, m_all, shifted_all]
+        return gl.inline_asm_elementwise(_weights_asm(POLY), _CONSTRAINTS, operands, gl.float32, True, 8)
+    else:
+        return gl.exp2(s * factor - m[:, None])
+
+
 @gluon.jit
 def _row_sums(p, KEYS: gl.constexpr):
     """[64, 8]: sums over every eighth key, which need no other thread."""
@@ -171,6 +219,7 @@ def _compute(
     GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     K_1: gl.constexpr, K_2: gl.constexpr, V_1: gl.constexpr, V_2: gl.constexpr,
     CHANNELS: gl.constexpr, ONES: gl.constexpr, LAZY: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr,
+    POLY: gl.constexpr,
 ):  # fmt: skip
     """64 rows of the result.
 
@@ -196,6 +245,8 @@ def _compute(
     keys = (num_blocks - 1) * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, S))
     s = gl.where((keys < num_keys)[None, :], s, -float("inf"))
     m = gl.max(s, 1) * factor
+    if POLY:
+        m = gl.ceil(m)
     p_wide = gl.exp2(s * factor - m[:, None])
     if ONES:
         total = m
@@ -224,12 +275,14 @@ def _compute(
             mbarrier.arrive(v_free.index(old), count=1)
         mbarrier.arrive(k_free.index(stage), count=1)
         top = gl.maximum(m, gl.max(s, 1) * factor)
+        if POLY:
+            top = gl.ceil(top)
         if LAZY:
             # A half holds 2^8 as well as 1: the exponent that all is relative to may stay that far behind.
             top = gl.where(top > m + 8.0, top, m)
         shrink = gl.exp2(m - top)
         m = top
-        p_wide = gl.exp2(s * factor - m[:, None])
+        p_wide = _weights(s, factor, m, POLY)
         if not ONES:
             by_sum = gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
             total = total * by_sum[:, None] + _row_sums(p_wide, KEYS)
@@ -293,7 +346,8 @@ def flash(
     q_1, q_2, k_1, k_2, v_1, v_2, out, num_rows, num_keys, num_heads, factor,
     CHANNELS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     K_1: gl.constexpr, K_2: gl.constexpr, V_1: gl.constexpr, V_2: gl.constexpr,
-    ONES: gl.constexpr, LAZY: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
+    ONES: gl.constexpr, LAZY: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr,
+    POLY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out[b, n, h] = Σₘ softmaxₘ(factor·ln2·q[b, n, h]·k[b, m, h])·v[b, m, h].
 
@@ -304,6 +358,7 @@ def flash(
     K_1, K_2   widths of the two parts of q and k; K_2 0: one part, padded;  V_1, V_2 likewise
     ONES       a padded column of v reads 1, so that the product with v also sums the weights
     LAZY       what was summed is rescaled only when the largest score has grown by more than 2^8
+    POLY       of every 8 exponentials that many by a polynomial, to relieve the unit for exponentials
     REGISTERS  of a thread that computes, from the second warpgroup on; the first takes what is left
     """
     place = (gl.program_id(1) // num_heads, gl.program_id(1) % num_heads, gl.program_id(0) * (64 * GROUPS))
@@ -327,6 +382,7 @@ def flash(
         mbarrier.init(v_free.index(i), count=GROUPS)
     for i in gl.static_range(GROUPS):
         mbarrier.init(turn.index(i), count=1)
+    fence_async_shared()
 
     tensors = ((q_1, q_2), (k_1, k_2), (v_1, v_2))
     buffers = (q_s, k_s, v_s)
@@ -340,11 +396,11 @@ def flash(
         gl.warp_specialize([
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 0, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD,
+                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
             )),
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 1, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD,
+                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
             )),
             (_load, (tensors, buffers, load_bars, place, num_blocks, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2, ONES)),
             (_add_ones, (v_s, v_here, v_full, num_blocks if ONES else 0, KEYS, STAGES, V_1, V_2, CHANNELS)),
@@ -353,15 +409,15 @@ def flash(
         gl.warp_specialize([
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 0, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD,
+                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
             )),
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 1, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD,
+                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
             )),
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 2, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD,
+                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
             )),
             (_load, (tensors, buffers, load_bars, place, num_blocks, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2, ONES)),
             (_add_ones, (v_s, v_here, v_full, num_blocks if ONES else 0, KEYS, STAGES, V_1, V_2, CHANNELS)),
@@ -370,19 +426,19 @@ def flash(
         gl.warp_specialize([
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 0, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD,
+                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
             )),
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 1, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD,
+                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
             )),
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 2, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD,
+                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
             )),
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 3, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD,
+                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
             )),
             (_load, (tensors, buffers, load_bars, place, num_blocks, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2, ONES)),
             (_add_ones, (v_s, v_here, v_full, num_blocks if ONES else 0, KEYS, STAGES, V_1, V_2, CHANNELS)),
@@ -395,7 +451,8 @@ class Blocks:
     """One program makes 64·`groups` rows of one head, `keys` keys at a time.
 
     split_v    p·v in two products of widths that are powers of two, else one, padded
-    ones, lazy, turns, ahead   see `flash`
+    ones, lazy, turns, ahead, poly   see `flash` and `_compute`
+    resident   programs that share a multiprocessor: 1, or 2 of 2 groups
     """
 
     groups: int
@@ -406,6 +463,8 @@ class Blocks:
     lazy: bool = True
     turns: bool = False
     ahead: bool = True
+    poly: int = 0
+    resident: int = 1
 
     @property
     def rows(self) -> int:
@@ -414,7 +473,7 @@ class Blocks:
     @property
     def registers(self) -> int:
         """Of a thread that computes: what 24 for each thread of the loading warps leave of the 65,536."""
-        return {2: 232, 3: 160, 4: 112}[self.groups]
+        return 104 if self.resident > 1 else {2: 232, 3: 160, 4: 112}[self.groups]
 
     def widths(self, channels: int) -> tuple[int, int, int, int]:
         """K_1, K_2, V_1, V_2."""
@@ -449,9 +508,10 @@ def form_of(dtype: torch.dtype, channels: int, blocks: Blocks) -> Form:
     constants = dict(
         CHANNELS=channels, KEYS=blocks.keys, STAGES=blocks.num_stages, GROUPS=blocks.groups,
         K_1=k1, K_2=k2, V_1=v1, V_2=v2,
-        ONES=blocks.ones, LAZY=blocks.lazy, TURNS=blocks.turns, AHEAD=blocks.ahead, REGISTERS=blocks.registers,
+        ONES=blocks.ones, LAZY=blocks.lazy, TURNS=blocks.turns, AHEAD=blocks.ahead,
+        POLY=blocks.poly, REGISTERS=blocks.registers,
     )  # fmt: skip
-    return Form(flash, (*tiles, dtype, 1, 1, 1, 1.0), constants)
+    return Form(flash, (*tiles, dtype, 1, 1, 1, 1.0), constants, registers=80 if blocks.resident > 1 else None)
 
 
 def variants(dtype: torch.dtype) -> Iterator[Form]:

@@ -54,12 +54,14 @@ class Form:
                float for a number (only its type counts)
     constants  the constexpr arguments
     num_warps  of the part of the program that is not specialised
+    registers  of a thread when the program starts; None: as many as one program on a multiprocessor may have
     """
 
     kernel: Any
     arguments: tuple[Tile | torch.dtype | int | float, ...]
     constants: Mapping[str, Any]
     num_warps: int = 4
+    registers: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "constants", MappingProxyType(dict(self.constants)))
@@ -68,12 +70,14 @@ class Form:
     def name(self) -> str:
         given = " ".join(f"{k}={v}" for k, v in self.constants.items())
         types = ",".join(_TYPES[a] for a in self.arguments if isinstance(a, torch.dtype))
-        return f"hopper.{self.kernel.__name__}({types}) {given} warps={self.num_warps}"
+        limit = "" if self.registers is None else f" registers={self.registers}"
+        return f"hopper.{self.kernel.__name__}({types}) {given} warps={self.num_warps}{limit}"
 
     @property
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch, beside the constants."""
-        return {"num_warps": self.num_warps}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, **limit}
 
     def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         self.kernel[grid](*arguments, **self.options, **self.constants)
