@@ -23,9 +23,12 @@ from ..device import Device
 from .strides import alignment_reason, collapse
 from .variant import Launch, Variant
 
-LAUNCH_US = 2.5
+LAUNCH_US = 1.6
 LATENCY_US = 0.6
 """One round of dependent loads from the second-level cache or the memory, with the reduction behind it."""
+
+EFFICIENCY = 0.55, 0.85
+"""Shares of the bandwidth of second-level cache and memory that are reached, as measured on an H100."""
 
 ALIGN = 8
 """Elements that share one mask and one address, where the sizes allow it."""
@@ -76,22 +79,24 @@ def normalise_rows(
 # ------------------------------------------------------------------------------------------------- launch parameters
 @dataclass(frozen=True)
 class Rows:
-    """A program holds up to `values` numbers in each thread's registers, as whole rows."""
+    """A program holds up to `values` numbers in each thread's registers, as whole rows of `least` … `most` columns."""
 
     values: int
     num_warps: int
+    least: int
+    most: int
 
     def rows(self, cols: int) -> int:
-        """Rows of `cols` columns in one program; 0 if not even one fits."""
+        """Rows of `cols` columns in one program."""
         return self.values * 32 * self.num_warps // cols
 
     def fits(self, cols: int) -> bool:
-        """At least a row, and no more than 8: more would leave small inputs to a few programs."""
-        return 1 <= self.rows(cols) <= 8
+        """Whether this is for rows of `cols` columns, a power of two."""
+        return self.least <= cols <= self.most
 
 
-PARAMETERS = (Rows(16, 1), Rows(16, 4), Rows(16, 16))
-"""One warp a row or two, which needs no barrier; rows of up to 2048; rows of up to 8192."""
+PARAMETERS = (Rows(16, 1, MIN_COLS, 128), Rows(16, 4, 256, 2048), Rows(16, 16, 4096, MAX_COLS))
+"""Up to 8 rows in a program: more would leave small inputs to a few.  One form for each width: others were slower."""
 
 
 def _cols(num_cols: int) -> int:
@@ -277,7 +282,9 @@ def estimate_us(
     if num_cols > MAX_COLS or not p.fits(cols):
         return math.inf
     num_bytes = (4 if add else 2) * num_rows * num_cols * itemsize
-    rate = 1e6 * (device.l2_tbs if num_bytes <= device.l2_bytes else device.memory_tbs)  # bytes per µs
+    in_cache, in_memory = EFFICIENCY
+    fits = num_bytes <= device.l2_bytes // 2
+    rate = 1e6 * (device.l2_tbs * in_cache if fits else device.memory_tbs * in_memory)  # bytes per µs
     # Registers limit a multiprocessor to about 32 warps, and some hardware to 16 programs.
     resident = device.num_sms * min(16, 32 // p.num_warps)
     programs = -(-num_rows // p.rows(cols))
