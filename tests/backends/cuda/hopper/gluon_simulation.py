@@ -38,6 +38,11 @@ class Int(int):
     )
 
 
+class Tensor(torch.Tensor):
+    def split(self):  # type: ignore[override]
+        return self.unbind(-1)
+
+
 class Barrier:
     def __init__(self) -> None:
         self.count = self.pending = self.bytes = self.phase = 0
@@ -153,12 +158,12 @@ class Simulation:
         return SimpleNamespace(
             program_id=lambda _axis: Int(self.program), num_programs=lambda _axis: self.num_programs,
             static_range=range, minimum=lambda a, b: Int(min(a, b)), where=lambda c, a, b: Int(a if c else b),
-            zeros=lambda shape, dtype, _layout: torch.zeros(shape, dtype=dtype),
+            zeros=lambda shape, dtype, _layout: torch.zeros(shape, dtype=dtype).as_subclass(Tensor),
             arange=lambda a, b, layout=None: torch.arange(a, b), load=_load, store=_store, thread_barrier=lambda: None,
             NVMMASharedLayout=_nothing, NVMMADistributedLayout=_nothing, SliceLayout=_nothing,
             allocate_shared_memory=self.allocate, warp_specialize=self.warp_specialize,
             int64=torch.int64, float32=torch.float32, abs=torch.abs, exp2=torch.exp2,
-            maximum=lambda a, b: torch.clamp_min(a, b),
+            maximum=torch.clamp_min, convert_layout=lambda value, layout, assert_trivial=False: value,
         )  # fmt: skip
 
     def allocate(self, dtype: torch.dtype, shape: list[int], _layout: Any) -> Any:

@@ -16,8 +16,13 @@ from ..kernels.conv_cases import check, nan_like, poisoned, tensors
 from .gluon_simulation import run
 
 H100 = next(d for d in KNOWN if d.name == "H100")
-ALL = (*c.CONV_TILES, *c.SPLIT_CONV_TILES, *c.PRODUCT_TILES, *c.GATED_TILES)
+ALL = (*c.CONV_TILES, *c.SPLIT_CONV_TILES, *c.PRODUCT_TILES, *c.SPLIT_PRODUCT_TILES, *c.GATED_TILES)
 HALF = torch.float16
+
+
+def sampled(*tiles):
+    """Parameters of a test: `make test` takes every fourth tile, `make prove` all."""
+    return [pytest.param(t, id=t.name, marks=[pytest.mark.slow] if i % 4 else []) for i, t in enumerate(tiles)]
 
 
 def conv(x, weight, bias, *addends):
@@ -39,7 +44,7 @@ def make(problem, tile, out, monkeypatch, num_sms=2):
     return out
 
 
-@pytest.mark.parametrize("tile", c.CONV_TILES, ids=lambda t: t.name)
+@pytest.mark.parametrize("tile", sampled(*c.CONV_TILES))
 @pytest.mark.parametrize("residual", [False, True])
 def test_each_tile(tile, residual, monkeypatch):
     # Odd sizes: patches, channels and steps are cut off; five or more units of work for two programs.
@@ -51,7 +56,7 @@ def test_each_tile(tile, residual, monkeypatch):
     check(out, conv, x, weight, bias, embedding, *([added] if residual else []))
 
 
-@pytest.mark.parametrize("tile", c.SPLIT_CONV_TILES, ids=lambda t: t.name)
+@pytest.mark.parametrize("tile", sampled(*c.SPLIT_CONV_TILES))
 @pytest.mark.parametrize("splits", [2, 4])
 def test_each_split_tile(tile, splits, monkeypatch):
     x, weight, bias = tensors(3, 72, 9, 10, 40, HALF, "cpu")
@@ -62,7 +67,7 @@ def test_each_split_tile(tile, splits, monkeypatch):
     check(out, conv, x, weight, bias, added)
 
 
-@pytest.mark.parametrize("tile", c.PRODUCT_TILES, ids=lambda t: t.name)
+@pytest.mark.parametrize("tile", sampled(*c.PRODUCT_TILES, *c.SPLIT_PRODUCT_TILES))
 @pytest.mark.parametrize("residual", [False, True])
 def test_each_product(tile, residual, monkeypatch):
     # Seven steps: more than are held at a time.
@@ -73,12 +78,21 @@ def test_each_product(tile, residual, monkeypatch):
     check(out, linear_add, x, weight, bias, torch.zeros(1, dtype=HALF) if added is None else added)
 
 
-@pytest.mark.parametrize("tile", c.GATED_TILES, ids=lambda t: t.name)
+@pytest.mark.parametrize("tile", sampled(*c.GATED_TILES))
 def test_each_gated_product(tile, monkeypatch):
     x, weight, bias, _ = matrices(1, 300, 200, 2 * 136)
     out = torch.full((1, 300, 136), float("nan"), dtype=HALF)
     make(c.product_of(x, weight, bias, gated=True), tile, c.rows_of(out), monkeypatch)
     check(out, geglu_linear, x, weight, bias)
+
+
+def test_many_tiles_of_few_steps(monkeypatch):
+    """The next residual must not come before the last result has left."""
+    x, weight, bias, added = matrices(1, 1500, 64, 136)
+    out = torch.full((1, 1500, 136), float("nan"), dtype=HALF)
+    for tile in (c.PRODUCT_TILES[0], c.PRODUCT_TILES[3]):
+        make(c.product_of(x, weight, bias, added), tile, c.rows_of(out.fill_(float("nan"))), monkeypatch)
+        check(out, linear_add, x, weight, bias, added)
 
 
 def matrices(batch, rows, k, n):

@@ -62,14 +62,15 @@ def _rows(buffers, first, layout: gl.constexpr, BM: gl.constexpr, BK: gl.constex
 @gluon.jit
 def _load(
     x_desc, halo_desc, w_desc, more_desc, res_desc, res_more_desc, a, b, c, stage, stage_more, bars,
-    num_tiles, num_m, num_n, rows_first, num_w, num_h, num_boxes, each, columns, pad, second, res_images,
+    num_tiles, num_m, num_n, rows_first, num_w, num_h, num_boxes, each, columns, pad, gate, res_images,
     TH: gl.constexpr, TB: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr, MORE: gl.constexpr, BK: gl.constexpr,
     TAPS: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr,
     GROUPS: gl.constexpr,
 ):  # fmt: skip
     a_ready, a_empty, b_ready, b_empty, r_ready, r_empty, _turn = bars
     LINES: gl.constexpr = TH + TAPS - 1
-    WIDTH: gl.constexpr = BN if GATED else BN + MORE
+    WIDTH: gl.constexpr = BN + MORE
+    PIECES: gl.constexpr = 2 if GATED else 1
     a_count = 0
     b_count = 0
     t_count = 0
@@ -102,21 +103,24 @@ def _load(
                 if MORE:
                     mbarrier.expect(bar, w_desc.block_type.nbytes + more_desc.block_type.nbytes)
                 else:
-                    mbarrier.expect(bar, w_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(w_desc, [n0, r * columns + s, k], bar, b.index(slot))
+                    mbarrier.expect(bar, PIECES * w_desc.block_type.nbytes)
+                tap = r * columns + s
+                tma.async_copy_global_to_shared(w_desc, [n0, tap, k], bar, b.index(slot * PIECES))
+                if GATED:
+                    tma.async_copy_global_to_shared(w_desc, [n0 + gate, tap, k], bar, b.index(slot * PIECES + 1))
                 if MORE:
-                    tma.async_copy_global_to_shared(more_desc, [n0 + second, r * columns + s, k], bar, c.index(slot))
+                    tma.async_copy_global_to_shared(more_desc, [n0 + BN, tap, k], bar, c.index(slot))
                 b_count += 1
         if RESIDUAL:
             group = t_count % GROUPS
             mbarrier.wait(r_empty.index(group), ((t_count // GROUPS) & 1) ^ 1)
             bar = r_ready.index(group)
-            if MORE and not GATED:
+            if MORE:
                 mbarrier.expect(bar, res_desc.block_type.nbytes + res_more_desc.block_type.nbytes)
             else:
                 mbarrier.expect(bar, res_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(res_desc, [h0, i0 * res_images, w0, n0], bar, stage.index(group))
-            if MORE and not GATED:
+            if MORE:
                 tma.async_copy_global_to_shared(
                     res_more_desc, [h0, i0 * res_images, w0, n0 + BN], bar, stage_more.index(group)
                 )
@@ -135,11 +139,15 @@ def _gelu(x):
 
 
 @gluon.jit
-def _vector(bias, embedding, has_bias, has_embedding, first, limit, N: gl.constexpr, layout: gl.constexpr):
-    """bias + embedding of N columns, 0 where there are none."""
-    n = first + gl.arange(0, N, layout=gl.SliceLayout(0, layout))
-    v = gl.load(bias + n, mask=(n < limit) & (has_bias != 0), other=0.0).to(gl.float32)
-    return v + gl.load(embedding + n, mask=(n < limit) & (has_embedding != 0), other=0.0).to(gl.float32)
+def _vector(
+    bias, embedding, has_bias, has_embedding, first, limit, N: gl.constexpr, BROAD: gl.constexpr, layout: gl.constexpr
+):
+    """bias + embedding of BROAD columns, 0 where there are none; those from N on are N columns of the gate."""
+    m = gl.arange(0, BROAD, layout=gl.SliceLayout(0, layout))
+    n = first + m % N
+    place = n + m // N * limit
+    v = gl.load(bias + place, mask=(n < limit) & (has_bias != 0), other=0.0).to(gl.float32)
+    return v + gl.load(embedding + place, mask=(n < limit) & (has_embedding != 0), other=0.0).to(gl.float32)
 
 
 @gluon.jit
@@ -183,9 +191,11 @@ def _multiply(
     a_ready, a_empty, b_ready, b_empty, r_ready, r_empty, turn = bars
     BM: gl.constexpr = TH * TB * TW
     LINES: gl.constexpr = TH + TAPS - 1
-    WIDTH: gl.constexpr = BN if GATED else BN + MORE
+    WIDTH: gl.constexpr = BN + MORE
+    BROAD: gl.constexpr = 2 * BN if GATED else BN  # columns of the accumulator
     PENDING: gl.constexpr = 2 if MORE else 1
     flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    broad: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BROAD, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     more_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MORE if MORE else BN, 16])
     boxes = 0
@@ -196,7 +206,7 @@ def _multiply(
         begin = split * each
         end = gl.minimum(begin + each, num_boxes)
         if t_count % GROUPS == group:
-            acc = gl.zeros([BM, BN], gl.float32, layout)
+            acc = gl.zeros([BM, BROAD], gl.float32, broad)
             if MORE:
                 more = gl.zeros([BM, MORE], gl.float32, more_layout)
             if GROUPS > 1:
@@ -211,7 +221,7 @@ def _multiply(
                     b_slot = b_count % SB
                     mbarrier.wait(b_ready.index(b_slot), (b_count // SB) & 1)
                     rows = _rows(a, slot * LINES + r, flat, BM, BK)
-                    weights = b.index(b_slot).reshape([BN, BK]).permute((1, 0))
+                    weights = _rows(b, b_slot * (BROAD // BN), flat, BROAD, BK).permute((1, 0))
                     token = warpgroup_mma(rows, weights, acc, is_async=True)
                     if MORE:
                         others = c.index(b_slot).reshape([MORE, BK]).permute((1, 0))
@@ -233,11 +243,9 @@ def _multiply(
             # Loaded while the last products run.
             if not PARTIAL:
                 near = embedding + i0.to(gl.int64) * embedding_image
-                added = _vector(bias, near, has_bias, has_embedding, n0, limit, BN, layout)
-                if GATED:
-                    added_more = _vector(bias + limit, near, has_bias, 0, n0, limit, MORE, more_layout)
-                elif MORE:
-                    added_more = _vector(bias, near, has_bias, has_embedding, n0 + BN, limit, MORE, more_layout)
+                added = _vector(bias, near, has_bias, has_embedding, n0, limit, BN, BROAD, broad)
+                if MORE:
+                    added_more = _vector(bias, near, has_bias, has_embedding, n0 + BN, limit, MORE, MORE, more_layout)
             if MORE:
                 acc, more = warpgroup_mma_wait(num_outstanding=0, deps=(acc, more))
             else:
@@ -272,14 +280,18 @@ def _multiply(
                 if MORE:
                     more += added_more[None, :]
                 if GATED:
-                    acc *= _gelu(more)
+                    # Both halves of a result are in one thread.
+                    h, g = acc.reshape([BM, 2, BN]).permute((0, 2, 1)).split()
+                    value = gl.convert_layout(h * _gelu(g), layout, assert_trivial=True)
+                else:
+                    value = acc
                 if RESIDUAL:
                     mbarrier.wait(r_ready.index(group), (t_count // GROUPS) & 1)
                 else:
                     tma.store_wait(pendings=0)
                     gl.thread_barrier()
-                _keep(acc, stage.index(group), out_desc, [h0, i0, w0, n0], BM, BN, RESIDUAL, layout)
-                if MORE and not GATED:
+                _keep(value, stage.index(group), out_desc, [h0, i0, w0, n0], BM, BN, RESIDUAL, layout)
+                if MORE:
                     _keep(
                         more,
                         stage_more.index(group),
@@ -301,13 +313,13 @@ def _multiply(
 
 @gluon.jit(
     do_not_specialize=[
-        "num_tiles", "num_m", "num_n", "rows_first", "num_w", "num_h", "num_boxes", "each", "columns", "pad", "second",
+        "num_tiles", "num_m", "num_n", "rows_first", "num_w", "num_h", "num_boxes", "each", "columns", "pad", "gate",
         "res_images", "height", "batch", "width", "limit8", "has_bias", "has_embedding", "embedding_image8",
     ]
 )  # fmt: skip
 def hopper_conv(
     x_desc, halo_desc, w_desc, more_desc, out_desc, out_more_desc, res_desc, res_more_desc, parts, bias, embedding,
-    num_tiles, num_m, num_n, rows_first, num_w, num_h, num_boxes, each, columns, pad, second, res_images,
+    num_tiles, num_m, num_n, rows_first, num_w, num_h, num_boxes, each, columns, pad, gate, res_images,
     height, batch, width, limit8, has_bias, has_embedding, embedding_image8,
     TH: gl.constexpr, TB: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr, MORE: gl.constexpr, BK: gl.constexpr,
     TAPS: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, RESIDUAL: gl.constexpr, GATED: gl.constexpr,
@@ -326,7 +338,7 @@ def hopper_conv(
     dtype: gl.constexpr = x_desc.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     a = gl.allocate_shared_memory(dtype, [SA * (TH + TAPS - 1), TB * TW, BK], flat)
-    b = gl.allocate_shared_memory(dtype, [SB, BN, 1, BK], w_desc.layout)
+    b = gl.allocate_shared_memory(dtype, [SB * (2 if GATED else 1), BN, 1, BK], w_desc.layout)
     c = b
     if MORE:
         c = gl.allocate_shared_memory(dtype, [SB, MORE, 1, BK], more_desc.layout)
@@ -334,7 +346,7 @@ def hopper_conv(
     stage_more = b
     if not PARTIAL:
         stage = gl.allocate_shared_memory(dtype, [GROUPS, TH, TB, TW, BN], out_desc.layout)
-        if MORE and not GATED:
+        if MORE:
             stage_more = gl.allocate_shared_memory(dtype, [GROUPS, TH, TB, TW, MORE], out_more_desc.layout)
     a_ready = gl.allocate_shared_memory(gl.int64, [SA, 1], mbarrier.MBarrierLayout())
     a_empty = gl.allocate_shared_memory(gl.int64, [SA, 1], mbarrier.MBarrierLayout())
@@ -367,7 +379,7 @@ def hopper_conv(
             )),
             (_load, (
             x_desc, halo_desc, w_desc, more_desc, res_desc, res_more_desc, a, b, c, stage, stage_more, bars,
-            num_tiles, num_m, num_n, rows_first, num_w, num_h, num_boxes, each, columns, pad, second, res_images,
+            num_tiles, num_m, num_n, rows_first, num_w, num_h, num_boxes, each, columns, pad, gate, res_images,
             TH, TB, TW, BN, MORE, BK, TAPS, SA, SB, RESIDUAL, GATED, GROUPS,
             )),
         ], [1], [24])  # fmt: skip
@@ -387,26 +399,10 @@ def hopper_conv(
             )),
             (_load, (
             x_desc, halo_desc, w_desc, more_desc, res_desc, res_more_desc, a, b, c, stage, stage_more, bars,
-            num_tiles, num_m, num_n, rows_first, num_w, num_h, num_boxes, each, columns, pad, second, res_images,
+            num_tiles, num_m, num_n, rows_first, num_w, num_h, num_boxes, each, columns, pad, gate, res_images,
             TH, TB, TW, BN, MORE, BK, TAPS, SA, SB, RESIDUAL, GATED, GROUPS,
             )),
         ], [WARPS, 1], [REGISTERS, 24])  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------- form
-@dataclass(frozen=True)
-class LimitedForm(Form):
-    """registers: the most that a thread has when it starts, so that two programs share a multiprocessor."""
-
-    registers: int | None = None
-
-    @property
-    def name(self) -> str:
-        return super().name + (f" registers={self.registers}" if self.registers else "")
-
-    @property
-    def options(self) -> dict[str, int]:
-        return super().options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 # ------------------------------------------------------------------------------------------------------- parameters
@@ -419,7 +415,7 @@ class Tile:
     """How the implicit product is cut.
 
     rows, images, columns  the patch of pixels that a group of warps makes at a time
-    n, more                output channels in the first and in the second accumulator
+    n, more                output channels in the first and in the second accumulator; with a gate n of the results
     taps                   3: for 3×3 convolutions; 1: for matrix products, whose rows are `rows`
     x_stages, w_stages     boxes of x (each for `taps` steps) and of the weight that are held
     groups                 of consumers, which take tiles in turn
@@ -456,11 +452,10 @@ class Tile:
         )
 
     def shared_bytes(self, gated: bool = False) -> int:
-        """Shared memory of one program whose result goes through it."""
+        """Shared memory of one program."""
         lines = self.x_stages * (self.rows + self.taps - 1) * self.images * self.columns
-        width = self.n if gated else self.n + self.more
-        steps = self.w_stages * (self.n + self.more)
-        staged = 0 if self.splits > 1 else self.groups * self.m * width
+        steps = self.w_stages * (2 * self.n if gated else self.n + self.more)
+        staged = 0 if self.splits > 1 else self.groups * self.m * (self.n + self.more)
         return 2 * ((lines + steps) * BLOCK_K + staged) + 1024
 
 
@@ -503,20 +498,27 @@ PRODUCT_TILES = (
     Tile(64, 1, 1, 64, 0, 1, 5, 5, warps=4, shared=True),
 )
 
-GATED_TILES = (
-    Tile(128, 1, 1, 128, 128, 1, 4, 4),
-    Tile(128, 1, 1, 64, 64, 1, 5, 5, groups=2, warps=4),
-    Tile(64, 1, 1, 128, 128, 1, 4, 4, groups=2, warps=4),
-    Tile(128, 1, 1, 64, 64, 1, 3, 3, warps=4, shared=True),
-    Tile(64, 1, 1, 64, 64, 1, 3, 3, warps=4, shared=True),
+SPLIT_PRODUCT_TILES = (
+    Tile(128, 1, 1, 128, 32, 1, 6, 6, splits=2),
+    Tile(128, 1, 1, 128, 0, 1, 6, 6, splits=2),
+    Tile(128, 1, 1, 256, 0, 1, 4, 4, splits=2),
+    Tile(64, 1, 1, 128, 0, 1, 4, 4, warps=4, splits=2, shared=True),
 )
-"""n results each, of n columns of the first half of the weight and of as many of the gate."""
+
+GATED_TILES = (
+    Tile(128, 1, 1, 128, 0, 1, 4, 4),
+    Tile(128, 1, 1, 64, 0, 1, 5, 5, groups=2, warps=4),
+    Tile(64, 1, 1, 128, 0, 1, 4, 4, groups=2, warps=4),
+    Tile(128, 1, 1, 64, 0, 1, 3, 3, warps=4, shared=True),
+    Tile(64, 1, 1, 64, 0, 1, 4, 4, warps=4, shared=True),
+)
+"""n results each: the accumulator has n columns of the first half of the weight and as many of the gate."""
 
 SPLITS = (2, 3, 4, 5, 6, 8, 10, 12, 15)
 
 
 @functools.cache
-def _form(dtype: torch.dtype, tile: Tile, residual: bool, gated: bool) -> LimitedForm:
+def _form(dtype: torch.dtype, tile: Tile, residual: bool, gated: bool) -> Form:
     """The compiled form of a tile: with splits only whether there are any counts."""
     partial = tile.splits > 1
     halo = tile.taps - 1 or tile.rows
@@ -529,7 +531,7 @@ def _form(dtype: torch.dtype, tile: Tile, residual: bool, gated: bool) -> Limite
     pointers = (torch.float32 if partial else dtype, dtype, dtype)
     # Two consumers share what one program may have: each group of four warps is given most of it by `setmaxnreg`.
     limit = 128 if tile.shared or tile.groups * tile.warps == 4 else None
-    return LimitedForm(
+    return Form(
         hopper_conv,
         (*(Box(dtype, b) for b in boxes), *pointers, *(1,) * 19),
         {
@@ -538,7 +540,7 @@ def _form(dtype: torch.dtype, tile: Tile, residual: bool, gated: bool) -> Limite
             "GATED": int(gated), "PARTIAL": int(partial), "GROUPS": tile.groups, "WARPS": tile.warps, "REGISTERS": 232,
         },
         tile.warps,
-        limit,
+        registers=limit,
     )  # fmt: skip
 
 
@@ -549,8 +551,8 @@ def forms(dtype: torch.dtype) -> Iterator[Form]:
     for tile in (*CONV_TILES, *PRODUCT_TILES):
         yield _form(dtype, tile, False, False)
         yield _form(dtype, tile, True, False)
-    for tile in SPLIT_CONV_TILES:
-        yield _form(dtype, replace(tile, splits=2), False, False)
+    for tile in (*SPLIT_CONV_TILES, *SPLIT_PRODUCT_TILES):
+        yield _form(dtype, tile, False, False)
     for tile in GATED_TILES:
         yield _form(dtype, tile, False, True)
 
@@ -594,11 +596,7 @@ class Problem:
     def num_units(self, tile: Tile) -> int:
         """Units of work: tiles, or parts of them."""
         images, rows, columns = self.num_patches(tile)
-        return images * rows * columns * ceil_div(self.outputs, _width(tile, self.gated)) * tile.splits
-
-
-def _width(tile: Tile, gated: bool) -> int:
-    return tile.n if gated else tile.n + tile.more
+        return images * rows * columns * ceil_div(self.outputs, tile.n + tile.more) * tile.splits
 
 
 def refuses(problem: Problem, tile: Tile) -> str | None:
@@ -653,7 +651,7 @@ def _launch(p: Problem, tile: Tile, out: torch.Tensor, num_sms: int) -> Launch:
     results = _descriptors(target, box[4:6])
     residuals = _descriptors(target if partial or p.residual is None else p.residual, box[6:8])
     images, rows, columns = p.num_patches(tile)
-    num_m, num_n = images * rows * columns, ceil_div(p.outputs, _width(tile, p.gated))
+    num_m, num_n = images * rows * columns, ceil_div(p.outputs, tile.n + tile.more)
     units, boxes = num_m * num_n * tile.splits, p.num_boxes()
     none = p.x
     same = p.residual is not None and p.residual.shape[0] == 1
@@ -665,7 +663,7 @@ def _launch(p: Problem, tile: Tile, out: torch.Tensor, num_sms: int) -> Launch:
             *x, *w, *results, *residuals, out, none if p.bias is None else p.bias,
             none if p.embedding is None else p.embedding,
             units, num_m, num_n, int(p.weight.numel() > p.x.numel()), columns, rows, boxes,
-            ceil_div(boxes, tile.splits), p.taps, p.taps // 2, p.outputs if p.gated else tile.n, int(not same),
+            ceil_div(boxes, tile.splits), p.taps, p.taps // 2, p.outputs, int(not same),
             height, batch, width, p.outputs // 8, int(p.bias is not None and not partial),
             int(p.embedding is not None and not partial), embedding.image // 8 if embedding else 0,
         ),
@@ -831,11 +829,11 @@ START_US = 3.0
 def estimate_us(problem: Problem, tile: Tile, device: Device) -> float:
     """Time on `device`, µs: a step takes the longer of its products and its traffic in shared memory."""
     p, t = problem, tile
-    warpgroups = t.m // 64
-    products = warpgroups * (t.n + t.more) / 2
-    reads = warpgroups * ((16 + t.n / 4) + (16 + t.more / 4 if t.more else 0))
+    warpgroups, n = t.m // 64, 2 * t.n if p.gated else t.n
+    products = warpgroups * (n + t.more) / 2
+    reads = warpgroups * ((16 + n / 4) + (16 + t.more / 4 if t.more else 0))
     lines = t.m * (t.rows + t.taps - 1) / (t.rows * t.taps)
-    step_us = max(1.1 * products, 1.1 * (reads + (lines + t.n + t.more) / 4)) * 4 / CLOCK
+    step_us = max(1.1 * products, 1.1 * (reads + (lines + n + t.more) / 4)) * 4 / CLOCK
     steps = ceil_div(p.num_boxes(), t.splits) * t.taps
     units = ceil_div(p.num_units(t), device.num_sms)
     hidden = 0.5 if t.shared or t.groups > 1 else 1.0
@@ -851,15 +849,17 @@ def candidates(problem: Problem, device: Device) -> list[Tile]:
     """Tiles worth comparing for this problem, each with the splits that fill the GPU and no more."""
     if device.arch != 90:
         return []
+    split: tuple[Tile, ...] = ()
     if problem.gated:
         found = list(GATED_TILES)
     elif problem.taps == 1:
-        found = list(PRODUCT_TILES)
+        found, split = list(PRODUCT_TILES), SPLIT_PRODUCT_TILES
     else:
-        found = list(CONV_TILES)
-        for tile in SPLIT_CONV_TILES:
-            for splits in SPLITS:
-                whole = replace(tile, splits=1)
-                if problem.num_units(whole) * splits <= 1.1 * device.num_sms and problem.num_boxes() >= 3 * splits:
-                    found.append(replace(tile, splits=splits))
+        found, split = list(CONV_TILES), SPLIT_CONV_TILES
+    for tile in split:
+        programs = device.num_sms * (2 if tile.shared else 1)
+        for splits in SPLITS:
+            units = problem.num_units(replace(tile, splits=splits))
+            if units <= 1.1 * programs and problem.num_boxes() >= 3 * splits:
+                found.append(replace(tile, splits=splits))
     return [t for t in found if refuses(problem, t) is None and t.shared_bytes(problem.gated) <= device.shared_bytes]
