@@ -162,7 +162,7 @@ class Simulation:
             arange=lambda a, b, layout=None: torch.arange(a, b), load=_load, store=_store, thread_barrier=lambda: None,
             NVMMASharedLayout=_nothing, NVMMADistributedLayout=_nothing, SliceLayout=_nothing,
             allocate_shared_memory=self.allocate, warp_specialize=self.warp_specialize,
-            int64=torch.int64, float32=torch.float32, abs=torch.abs, exp2=torch.exp2,
+            int64=torch.int64, float32=torch.float32, abs=torch.abs, inline_asm_elementwise=_assembly,
             maximum=torch.clamp_min, convert_layout=lambda value, layout, assert_trivial=False: value,
         )  # fmt: skip
 
@@ -256,6 +256,10 @@ class Simulation:
 
 def _nothing(*_given: Any, **_named: Any) -> None:
     return None
+
+
+def _assembly(text: str, _constraints: str, given: list[torch.Tensor], **_named: Any) -> torch.Tensor:
+    return {"rcp": torch.reciprocal, "ex2": torch.exp2}[text.split(".")[0]](*given)
 
 
 def _load(pointer: Pointer, mask: torch.Tensor, other: float) -> torch.Tensor:
