@@ -227,7 +227,10 @@ def _attention(arguments: Sequence[Any], device: Device) -> Iterator[Candidate]:
     if attention.supports(q, k, v, mask, scale, causal):
         return
     batch, num_rows, heads, channels = q.shape
-    for blocks in attention.candidates(num_rows, k.shape[1], channels, q.dtype, device, causal=causal):
+    masked = causal or mask is not None
+    for blocks in attention.candidates(
+        num_rows, k.shape[1], channels, q.dtype, device, heads=batch * heads, masked=masked
+    ):
         time = attention.estimate_us(
             batch, num_rows, k.shape[1], heads, channels, q.itemsize, blocks, device, causal=causal
         )

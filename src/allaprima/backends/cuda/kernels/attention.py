@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import triton
@@ -74,11 +75,50 @@ def _load_values(
 
 
 @triton.jit
-def _scores(q_1, q_2, k_1, k_2, SECOND: tl.constexpr):
-    s = tl.dot(q_1, tl.trans(k_1), input_precision="ieee")
+def _bias(mask, rows, keys, num_rows, num_keys, mask_key, factor, MASK: tl.constexpr):
+    """What a mask adds to scores that `factor` multiplies afterwards; -inf beyond the last row and key.
+
+    mask  [ROWS, 1] pointers to its rows
+    MASK  1: of booleans; 2: to be added
+    """
+    there = (rows < num_rows)[:, None] & (keys < num_keys)[None, :]
+    pointers = mask + (keys * mask_key)[None, :]
+    if MASK == 1:
+        bias = tl.where(tl.load(pointers, mask=there, other=0) != 0, 0.0, -float("inf"))
+    else:
+        value = tl.load(pointers, mask=there, other=-float("inf")).to(tl.float32)
+        # The most negative numbers of bfloat16 and float32 would become -inf; a row of them alone counts evenly.
+        bias = tl.maximum(value * (1.4426950408889634 / factor), -1e36)
+        bias = tl.where(value == -float("inf"), value, bias)
+    return bias
+
+
+@triton.jit
+def _scores(q_1, q_2, k_1, k_2, bias, SECOND: tl.constexpr, MASK: tl.constexpr):
+    if MASK:
+        s = tl.dot(q_1, tl.trans(k_1), bias, input_precision="ieee")
+    else:
+        s = tl.dot(q_1, tl.trans(k_1), input_precision="ieee")
     if SECOND:
         s = tl.dot(q_2, tl.trans(k_2), s, input_precision="ieee")
     return s
+
+
+@triton.jit
+def _counting(s, rows, keys, num_keys, CAUSAL: tl.constexpr):
+    """Scores of keys that there are and a row may look at, else -inf."""
+    live = (keys < num_keys)[None, :]
+    if CAUSAL:
+        live = live & (keys[None, :] <= rows[:, None])
+    return tl.where(live, s, -float("inf"))
+
+
+@triton.jit
+def _weight(total, MASK: tl.constexpr):
+    """1/total; something finite for a row that may look at nothing, whose sums are 0."""
+    if MASK:
+        total = tl.where(total > 0, total, 1.0)
+    return (1.0 / total)[:, None]
 
 
 @triton.jit
@@ -95,9 +135,10 @@ def _shrink(top, m, total, acc_1, acc_2, SECOND: tl.constexpr, ONES: tl.constexp
 
 @triton.jit
 def _add_block(
-    s, v_1, v_2, m, total, acc_1, acc_2, factor, SECOND: tl.constexpr, ONES: tl.constexpr, LAZY: tl.constexpr
-):
-    """One more block of keys: its scores s and values v.
+    s, v_1, v_2, m, total, acc_1, acc_2, factor,
+    SECOND: tl.constexpr, ONES: tl.constexpr, LAZY: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """One more block of keys: its scores s, to be scaled by factor, and values v.
 
     m       [ROWS] the exponent that all is relative to: in units of log2, the largest scaled score so far, or with LAZY
             at most 8 less, since a half holds 2^8 as well as 1
@@ -105,6 +146,9 @@ def _add_block(
     acc     [ROWS, …] the weighted values
     """
     top = tl.maximum(m, tl.max(s, 1) * factor)
+    if MASK:
+        # A row without a score has -inf - -inf = NaN else.
+        top = tl.maximum(top, -3e38)
     if LAZY:
         if tl.max(top - m, 0) > 8.0:
             total, acc_1, acc_2 = _shrink(top, m, total, acc_1, acc_2, SECOND, ONES)
@@ -126,26 +170,27 @@ def _add_block(
 @triton.jit(
     do_not_specialize=[
         "num_rows", "num_keys", "num_heads", "num_c8", "q_batch", "q_row", "q_head",
-        "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "factor",
+        "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head",
+        "mask_batch", "mask_head", "mask_row", "mask_key", "factor",
     ]
 )  # fmt: skip
 def flash(
-    q, k, v, ones, out, num_rows, num_keys, num_heads, num_c8,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, factor,
+    q, k, v, mask, ones, out, num_rows, num_keys, num_heads, num_c8,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    mask_batch, mask_head, mask_row, mask_key, factor,
     K_1: tl.constexpr, K_2: tl.constexpr, V_1: tl.constexpr, V_2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr, SINGLE: tl.constexpr, ONES: tl.constexpr, LAZY: tl.constexpr, AHEAD: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, ONES: tl.constexpr, LAZY: tl.constexpr,
 ):  # fmt: skip
-    """out[b, n, h] = Σₘ softmaxₘ(factor·ln2·q[b, n, h]·k[b, m, h])·v[b, m, h].
+    """out[b, n, h] = Σₘ softmaxₘ(factor·ln2·q[b, n, h]·k[b, m, h])·v[b, m, h], a block of keys after the other.
 
-    num_c8 and the strides are counted in units of 8 elements: multiplying them here is what proves to the compiler that
-    eight elements share one mask and one 16-byte address.
+    num_c8 and the strides are counted in units of 8 elements, those of the mask in elements: multiplying them here is
+    what proves to the compiler that eight elements share one mask and one 16-byte address.
 
     K_1, K_2   widths of the two parts of q and k; K_2 0: one part, padded
     V_1, V_2   widths of the two parts of v; V_2 0: one part, of which each program of axis 2 makes its own columns
-    SINGLE     all keys fit one block: no loop, no running maximum
+    MASK       0: none; 1: of booleans; 2: to be added
     ONES       the first padded column of v reads 1, so that the product with v also sums the weights
     LAZY       what was summed is rescaled only when the largest score has grown by more than 2^8
-    AHEAD      the scores of the next block are computed before the weights of this one
     """
     channels = num_c8 * 8
     first_row = tl.program_id(0) * ROWS
@@ -184,77 +229,148 @@ def flash(
         o = (c_v2 - channels)[None, :]
     else:
         o = (c_v1 - channels)[None, :]
+    mask_rows = mask + (batch * mask_batch + head * mask_head + (rows.to(tl.int64) * mask_row)[:, None])
 
     m = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc_1 = tl.zeros((ROWS, V_1), tl.float32)
     acc_2 = tl.zeros((ROWS, V_2 if V_2 else 16), tl.float32)
 
-    if SINGLE:
-        live = keys < num_keys
-        t_1, t_2 = _load_keys(k, k_1, k_2, live[:, None], in_k1, in_k2, K_2, True)
-        u_1, u_2 = _load_keys(v, v_1, v_2, live[:, None], in_v1, in_v2, V_2, True)
-        s = _scores(q_1, q_2, t_1, t_2, K_2)
-        if CAUSAL:
-            s = tl.where(live[None, :] & (keys[None, :] <= rows[:, None]), s, -float("inf"))
+    # Blocks before `whole` need no mask; some row looks at those before `last`.
+    last = num_keys
+    whole = num_keys // KEYS * KEYS
+    if CAUSAL:
+        last = tl.minimum(num_keys, first_row + ROWS)
+        whole = tl.minimum(num_keys, first_row + 1) // KEYS * KEYS
+    if MASK:
+        whole = 0
+    for start in tl.range(0, whole, KEYS):
+        t_1, t_2 = _load_keys(k + start * k_step, k_1, k_2, True, in_k1, in_k2, K_2, False)
+        s = _scores(q_1, q_2, t_1, t_2, 0.0, K_2, 0)
+        u_1, u_2 = _load_values(v + start * v_step, ones, v_1, v_2, o, True, in_v1, in_v2, V_2, ONES, False)
+        m, total, acc_1, acc_2 = _add_block(s, u_1, u_2, m, total, acc_1, acc_2, factor, V_2, ONES, LAZY, 0)
+    for start in tl.range(whole, last, KEYS, num_stages=1):
+        live = (start + keys < num_keys)[:, None]
+        t_1, t_2 = _load_keys(k + start * k_step, k_1, k_2, live, in_k1, in_k2, K_2, True)
+        u_1, u_2 = _load_values(v + start * v_step, ones, v_1, v_2, o, live, in_v1, in_v2, V_2, ONES, True)
+        if MASK:
+            bias = _bias(mask_rows, rows, start + keys, num_rows, num_keys, mask_key, factor, MASK)
+            s = _scores(q_1, q_2, t_1, t_2, bias, K_2, MASK)
         else:
-            s = tl.where(live[None, :], s, -float("inf"))
-        p = tl.exp2(s * factor - (tl.max(s, 1) * factor)[:, None])
+            s = _counting(_scores(q_1, q_2, t_1, t_2, 0.0, K_2, 0), rows, start + keys, num_keys, CAUSAL)
+        m, total, acc_1, acc_2 = _add_block(s, u_1, u_2, m, total, acc_1, acc_2, factor, V_2, ONES, False, MASK)
+
+    if ONES:
+        if V_2:
+            total = tl.sum(tl.where((c_v2 == channels)[None, :], acc_2, 0.0), 1)
+        else:
+            total = tl.sum(tl.where((c_v1 == channels)[None, :], acc_1, 0.0), 1)
+    weight = _weight(total, MASK)
+    to = out + ((batch * num_rows + rows) * num_heads + head)[:, None] * channels
+    tl.store(to + c_v1[None, :], (acc_1 * weight).to(out.dtype.element_ty), mask=in_rows & in_v1)
+    if V_2:
+        tl.store(to + c_v2[None, :], (acc_2 * weight).to(out.dtype.element_ty), mask=in_rows & in_v2)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows", "num_keys", "num_heads", "num_c8", "q_batch", "q_row", "q_head",
+        "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head",
+        "mask_batch", "mask_head", "mask_row", "mask_key", "factor", "turns",
+    ]
+)  # fmt: skip
+def flash_few_keys(
+    q, k, v, mask, out, num_rows, num_keys, num_heads, num_c8,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    mask_batch, mask_head, mask_row, mask_key, factor, turns,
+    K_1: tl.constexpr, K_2: tl.constexpr, V_1: tl.constexpr, V_2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    MORE_KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`flash` where all keys fit one block: k and v are read once, then `turns` blocks of rows pass by them.
+
+    MORE_KEYS  keys in a second block, as 77 in 64 + 16, the first being full; 0: none
+    STAGES     blocks of rows that are on their way at once
+    """
+    channels = num_c8 * 8
+    batch = (tl.program_id(1) // num_heads).to(tl.int64)
+    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    c_k1 = tl.arange(0, K_1)
+    c_k2 = K_1 + tl.arange(0, K_2 if K_2 else 16)
+    c_v1 = tl.arange(0, V_1)
+    c_v2 = V_1 + tl.arange(0, V_2 if V_2 else 16)
+    in_k1 = (c_k1 < channels)[None, :]
+    in_k2 = (c_k2 < channels)[None, :]
+    in_v1 = (c_v1 < channels)[None, :]
+    in_v2 = (c_v2 < channels)[None, :]
+
+    k += (batch * k_batch + head * k_head) * 8
+    v += (batch * v_batch + head * v_head) * 8
+    keys = tl.arange(0, KEYS)
+    live = (keys < num_keys)[:, None] | (MORE_KEYS > 0)
+    k_rows = (keys * k_row * 8)[:, None]
+    v_rows = (keys * v_row * 8)[:, None]
+    t_1, t_2 = _load_keys(k + k_rows, c_k1[None, :], c_k2[None, :], live, in_k1, in_k2, K_2, not MORE_KEYS)
+    u_1, u_2 = _load_keys(v + v_rows, c_v1[None, :], c_v2[None, :], live, in_v1, in_v2, V_2, not MORE_KEYS)
+    more = KEYS + tl.arange(0, MORE_KEYS if MORE_KEYS else 16)
+    if MORE_KEYS:
+        live = (more < num_keys)[:, None]
+        k_rows = (more * k_row * 8)[:, None]
+        v_rows = (more * v_row * 8)[:, None]
+        t_3, t_4 = _load_keys(k + k_rows, c_k1[None, :], c_k2[None, :], live, in_k1, in_k2, K_2, True)
+        u_3, u_4 = _load_keys(v + v_rows, c_v1[None, :], c_v2[None, :], live, in_v1, in_v2, V_2, True)
+
+    q += (batch * q_batch + head * q_head) * 8
+    mask += batch * mask_batch + head * mask_head
+    first = tl.program_id(0) * turns
+    last = tl.minimum(first + turns, tl.cdiv(num_rows, ROWS))
+    for block in tl.range(first, last, num_stages=STAGES):
+        rows = block * ROWS + tl.arange(0, ROWS)
+        in_rows = (rows < num_rows)[:, None]
+        q_rows = q + (rows.to(tl.int64) * q_row * 8)[:, None]
+        q_1 = tl.load(q_rows + c_k1[None, :], mask=in_rows & in_k1, other=0.0)
+        q_2 = q_1
+        if K_2:
+            q_2 = tl.load(q_rows + c_k2[None, :], mask=in_rows & in_k2, other=0.0)
+        mask_rows = mask + (rows.to(tl.int64) * mask_row)[:, None]
+
+        if MASK:
+            bias = _bias(mask_rows, rows, keys, num_rows, num_keys, mask_key, factor, MASK)
+            s = _scores(q_1, q_2, t_1, t_2, bias, K_2, MASK)
+        else:
+            s = _scores(q_1, q_2, t_1, t_2, 0.0, K_2, 0)
+            if CAUSAL or not MORE_KEYS:
+                s = _counting(s, rows, keys, num_keys, CAUSAL)
+        top = tl.max(s, 1)
+        if MORE_KEYS:
+            if MASK:
+                bias = _bias(mask_rows, rows, more, num_rows, num_keys, mask_key, factor, MASK)
+                s_2 = _scores(q_1, q_2, t_3, t_4, bias, K_2, MASK)
+            else:
+                s_2 = _counting(_scores(q_1, q_2, t_3, t_4, 0.0, K_2, 0), rows, more, num_keys, CAUSAL)
+            top = tl.maximum(top, tl.max(s_2, 1))
+        top *= factor
+        if MASK:
+            top = tl.maximum(top, -3e38)
+
+        p = tl.exp2(s * factor - top[:, None])
         total = tl.sum(p, 1)
         p = p.to(u_1.dtype)
         acc_1 = tl.dot(p, u_1, input_precision="ieee")
         if V_2:
             acc_2 = tl.dot(p, u_2, input_precision="ieee")
-    elif AHEAD:
-        last = (num_keys - 1) // KEYS * KEYS
-        live = keys < num_keys
-        t_1, t_2 = _load_keys(k, k_1, k_2, live[:, None], in_k1, in_k2, K_2, True)
-        s = _scores(q_1, q_2, t_1, t_2, K_2)
-        for start in tl.range(0, last, KEYS):
-            after = start + KEYS
-            live = after + keys < num_keys
-            t_1, t_2 = _load_keys(k + after * k_step, k_1, k_2, live[:, None], in_k1, in_k2, K_2, True)
-            next_s = _scores(q_1, q_2, t_1, t_2, K_2)
-            u_1, u_2 = _load_values(v + start * v_step, ones, v_1, v_2, o, True, in_v1, in_v2, V_2, ONES, False)
-            m, total, acc_1, acc_2 = _add_block(s, u_1, u_2, m, total, acc_1, acc_2, factor, V_2, ONES, LAZY)
-            s = next_s
-        live = last + keys < num_keys
-        u_1, u_2 = _load_values(v + last * v_step, ones, v_1, v_2, o, live[:, None], in_v1, in_v2, V_2, ONES, True)
-        s = tl.where(live[None, :], s, -float("inf"))
-        m, total, acc_1, acc_2 = _add_block(s, u_1, u_2, m, total, acc_1, acc_2, factor, V_2, ONES, False)
-    else:
-        # Blocks before `whole` need no mask; some row looks at those before `last`.
-        last = num_keys
-        whole = num_keys // KEYS * KEYS
-        if CAUSAL:
-            last = tl.minimum(num_keys, first_row + ROWS)
-            whole = tl.minimum(num_keys, first_row + 1) // KEYS * KEYS
-        for start in tl.range(0, whole, KEYS):
-            t_1, t_2 = _load_keys(k + start * k_step, k_1, k_2, True, in_k1, in_k2, K_2, False)
-            s = _scores(q_1, q_2, t_1, t_2, K_2)
-            u_1, u_2 = _load_values(v + start * v_step, ones, v_1, v_2, o, True, in_v1, in_v2, V_2, ONES, False)
-            m, total, acc_1, acc_2 = _add_block(s, u_1, u_2, m, total, acc_1, acc_2, factor, V_2, ONES, LAZY)
-        for start in tl.range(whole, last, KEYS, num_stages=1):
-            live = start + keys < num_keys
-            t_1, t_2 = _load_keys(k + start * k_step, k_1, k_2, live[:, None], in_k1, in_k2, K_2, True)
-            u_1, u_2 = _load_values(v + start * v_step, ones, v_1, v_2, o, live[:, None], in_v1, in_v2, V_2, ONES, True)
-            s = _scores(q_1, q_2, t_1, t_2, K_2)
-            if CAUSAL:
-                s = tl.where(live[None, :] & ((start + keys)[None, :] <= rows[:, None]), s, -float("inf"))
-            else:
-                s = tl.where(live[None, :], s, -float("inf"))
-            m, total, acc_1, acc_2 = _add_block(s, u_1, u_2, m, total, acc_1, acc_2, factor, V_2, ONES, False)
+        if MORE_KEYS:
+            p_2 = tl.exp2(s_2 * factor - top[:, None])
+            total += tl.sum(p_2, 1)
+            p_2 = p_2.to(u_1.dtype)
+            acc_1 = tl.dot(p_2, u_3, acc_1, input_precision="ieee")
+            if V_2:
+                acc_2 = tl.dot(p_2, u_4, acc_2, input_precision="ieee")
 
-    if ONES and not SINGLE:
+        weight = _weight(total, MASK)
+        to = out + ((batch * num_rows + rows) * num_heads + head)[:, None] * channels
+        tl.store(to + c_v1[None, :], (acc_1 * weight).to(out.dtype.element_ty), mask=in_rows & in_v1)
         if V_2:
-            total = tl.sum(tl.where((c_v2 == channels)[None, :], acc_2, 0.0), 1)
-        else:
-            total = tl.sum(tl.where((c_v1 == channels)[None, :], acc_1, 0.0), 1)
-    weight = (1.0 / total)[:, None]
-    to = out + ((batch * num_rows + rows) * num_heads + head)[:, None] * channels
-    tl.store(to + c_v1[None, :], (acc_1 * weight).to(out.dtype.element_ty), mask=in_rows & in_v1)
-    if V_2:
-        tl.store(to + c_v2[None, :], (acc_2 * weight).to(out.dtype.element_ty), mask=in_rows & in_v2)
+            tl.store(to + c_v2[None, :], (acc_2 * weight).to(out.dtype.element_ty), mask=in_rows & in_v2)
 
 
 # ------------------------------------------------------------------------------------------------- launch parameters
@@ -266,7 +382,9 @@ class Blocks:
     split_v   p·v likewise
     columns   columns of v that one program makes; 0: all
     registers the most that a thread may use, so that more programs share a multiprocessor; 0: no limit
-    single, ones, lazy, ahead   see `flash`
+    single    `flash_few_keys`: all keys in one block, num_stages blocks of rows on their way
+    more_keys, turns   see there; turns 0: one
+    ones, lazy         see `flash`
     """
 
     rows: int
@@ -278,21 +396,29 @@ class Blocks:
     columns: int = 0
     registers: int = 0
     single: bool = False
+    more_keys: int = 0
+    turns: int = 0
     ones: bool = False
     lazy: bool = False
-    ahead: bool = False
 
     def widths(self, head: int) -> tuple[int, int, int, int]:
         """K_1, K_2, V_1, V_2 for heads of the class `head`."""
         values = (self.columns, 0) if self.columns else _parts(head, self.split_v)
         return *_parts(head, self.split_k), *values
 
+    def holds(self, num_keys: int) -> bool:
+        """Whether a single block holds that many keys, and none of its parts is empty."""
+        return (self.keys if self.more_keys else 0) < num_keys <= self.keys + self.more_keys
+
     def shared_bytes(self, head: int, itemsize: int) -> int:
         """Shared memory of q and the pipeline of k and v."""
         k1, k2, v1, v2 = self.widths(head)
-        stages = 1 if self.single else self.num_stages
-        numbers = self.rows * (k1 + k2) + stages * self.keys * (k1 + k2 + v1 + v2)
-        return (numbers + self.ahead * self.keys * (k1 + k2)) * itemsize
+        q, keys = self.rows, self.keys + self.more_keys
+        if self.single:
+            q *= self.num_stages
+        else:
+            keys *= self.num_stages
+        return (q * (k1 + k2) + keys * (k1 + k2 + v1 + v2)) * itemsize
 
 
 HEADS = (32, 40, 64, 80, 128, 160, 256, 512)
@@ -313,7 +439,11 @@ def _parts(head: int, split: bool) -> tuple[int, int]:
     return padded, 0
 
 
-_SINGLE = (Blocks(64, 64, 4, 1, single=True), Blocks(64, 128, 4, 1, single=True), Blocks(128, 128, 8, 1, single=True))
+_SINGLE = (
+    Blocks(64, 64, 4, 3, single=True),
+    Blocks(64, 64, 4, 3, single=True, more_keys=16),
+    Blocks(64, 128, 4, 3, single=True),
+)
 _BOTH = dict(split_k=True, split_v=True)
 _SINGLE_SPLIT = tuple(replace(b, **_BOTH) for b in _SINGLE)
 
@@ -322,49 +452,21 @@ HALF_BLOCKS: dict[int, tuple[Blocks, ...]] = {
     40: (
         Blocks(128, 64, 8, 3, split_v=True, ones=True),
         Blocks(64, 64, 4, 3, split_v=True, ones=True),
-        Blocks(128, 64, 4, 3, split_v=True, ones=True),
         *_SINGLE_SPLIT,
     ),
-    64: (Blocks(128, 64, 8, 3, registers=128), Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 3), *_SINGLE),
+    64: (Blocks(128, 64, 8, 3, registers=128), Blocks(64, 64, 4, 3), *_SINGLE),
     80: (Blocks(128, 64, 8, 3, registers=128, **_BOTH), Blocks(64, 64, 4, 2, **_BOTH), *_SINGLE_SPLIT),
     128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), *_SINGLE),
     160: (
         Blocks(128, 64, 8, 2, **_BOTH),
         Blocks(64, 64, 4, 2, **_BOTH),
         Blocks(64, 32, 4, 2, **_BOTH),
-        *_SINGLE_SPLIT[:2],
+        *_SINGLE_SPLIT,
     ),
     256: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2, columns=128)),
     512: (Blocks(128, 32, 8, 2, columns=128), Blocks(128, 16, 8, 3, columns=256), Blocks(32, 32, 4, 1, columns=128)),
 }
 """What is compiled for f16 and bf16, by class of head."""
-
-ALTERNATIVES: dict[int, tuple[Blocks, ...]] = {
-    40: (
-        Blocks(128, 64, 8, 3, split_v=True, ones=True, ahead=True, registers=128),
-        Blocks(128, 64, 8, 3, split_v=True, ones=True, ahead=True),
-        Blocks(128, 64, 8, 3, ones=True, registers=128),
-        Blocks(64, 64, 4, 3, split_v=True, ones=True, ahead=True, registers=128),
-        Blocks(64, 64, 4, 3, split_v=True, ones=True, lazy=True, registers=128),
-        Blocks(64, 64, 4, 3, ones=True, registers=128),
-        Blocks(64, 64, 4, 3, split_v=True, registers=128),
-        Blocks(128, 64, 4, 3, ones=True, **_BOTH),
-        Blocks(128, 64, 4, 3, **_BOTH),
-        Blocks(128, 128, 8, 2, split_v=True, ones=True),
-        Blocks(64, 128, 4, 2, split_v=True, ones=True),
-        Blocks(64, 64, 4, 2, split_v=True, ones=True, registers=128),
-    ),
-    64: (Blocks(128, 64, 8, 3, ahead=True), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2, lazy=True, registers=128)),
-    80: (
-        Blocks(128, 64, 8, 2, split_v=True, registers=128),
-        Blocks(128, 64, 8, 2, split_v=True, ahead=True),
-        Blocks(128, 64, 8, 2, ones=True),
-        Blocks(64, 64, 4, 2, split_v=True),
-    ),
-    160: (Blocks(128, 64, 8, 2, split_v=True), Blocks(128, 32, 8, 3, **_BOTH)),
-    512: (Blocks(64, 16, 4, 2, columns=128),),
-}
-"""Further forms that the call takes when asked, to be timed against these."""
 
 FLOAT_BLOCKS: dict[int, tuple[Blocks, ...]] = {
     32: (Blocks(32, 32, 8, 2),),
@@ -385,24 +487,39 @@ def blocks_of(dtype: torch.dtype, head: int) -> tuple[Blocks, ...]:
     return FLOAT_BLOCKS.get(head, ()) if dtype == torch.float32 else HALF_BLOCKS[head]
 
 
+Mask = torch.dtype | Literal["causal"] | None
+"""Which keys a row may look at: the dtype of a mask that says so, those up to its own index, all."""
+
+
+def takes_masks(blocks: Blocks) -> bool:
+    """Whether a form is compiled for masks too: sequences with one are short."""
+    return blocks.rows <= 64
+
+
 @functools.cache
-def _form(dtype: torch.dtype, head: int, blocks: Blocks, causal: bool) -> Variant:
+def _form(dtype: torch.dtype, head: int, blocks: Blocks, mask: Mask) -> Variant:
     k1, k2, v1, v2 = blocks.widths(head)
-    constants = dict(K_1=k1, K_2=k2, V_1=v1, V_2=v2, ROWS=blocks.rows, KEYS=blocks.keys)
-    flags = dict(CAUSAL=causal, SINGLE=blocks.single, ONES=blocks.ones, LAZY=blocks.lazy, AHEAD=blocks.ahead)
-    arguments = (dtype,) * 5 + (1,) * 13 + (1.0,)
-    limit = blocks.registers or None
-    return Variant(flash, arguments, constants | flags, blocks.num_warps, blocks.num_stages, limit)
+    constants: dict[str, Any] = dict(K_1=k1, K_2=k2, V_1=v1, V_2=v2, ROWS=blocks.rows, KEYS=blocks.keys)
+    constants |= dict(CAUSAL=mask == "causal", MASK=0 if mask in (None, "causal") else 1 if mask == torch.bool else 2)
+    mask_dtype = mask if isinstance(mask, torch.dtype) else dtype
+    arguments: tuple[Any, ...] = (dtype,) * 3 + (mask_dtype,)
+    if blocks.single:
+        constants |= dict(MORE_KEYS=blocks.more_keys, STAGES=blocks.num_stages)
+        kernel, arguments = flash_few_keys, (*arguments, dtype, *(1,) * 17, 1.0, 1)
+    else:
+        constants |= dict(ONES=blocks.ones, LAZY=blocks.lazy)
+        kernel, arguments = flash, (*arguments, dtype, dtype, *(1,) * 17, 1.0)
+    return Variant(kernel, arguments, constants, blocks.num_warps, blocks.num_stages, blocks.registers or None)
 
 
-def variants(dtype: torch.dtype, heads: tuple[int, ...] = HEADS, alternatives: bool = False) -> Iterator[Variant]:
+def variants(dtype: torch.dtype, heads: tuple[int, ...] = HEADS) -> Iterator[Variant]:
     """Every form that `attention` launches with tensors of `dtype` and parameters among `candidates`."""
+    masks: tuple[Mask, ...] = ("causal", torch.bool, dtype)
     for head in heads:
-        more = ALTERNATIVES.get(head, ()) if alternatives and dtype != torch.float32 else ()
-        for blocks in (*blocks_of(dtype, head), *more):
-            for causal in (False, True):
-                if not (causal and blocks.ahead):
-                    yield _form(dtype, head, blocks, causal)
+        for blocks in blocks_of(dtype, head):
+            yield _form(dtype, head, blocks, None)
+            if takes_masks(blocks):
+                yield from (_form(dtype, head, blocks, mask) for mask in masks)
 
 
 # ---------------------------------------------------------------------------------------------------------- the call
@@ -415,14 +532,13 @@ def supports(
     causal: bool = False,
 ) -> str | None:
     """Why the kernel cannot take this call; None if it can."""
-    if mask is not None:
-        return "masks other than the causal one are not supported"
     if scale is not None and not scale > 0:
         return f"scale {scale} is not positive"
     sizes, key_sizes = q.shape, k.shape
     if len(sizes) != 4 or key_sizes != v.shape or (sizes[0], *sizes[2:]) != (key_sizes[0], *key_sizes[2:]):
         return f"q {list(sizes)}, k {list(key_sizes)}, v {list(v.shape)} are not [B, N, H, D] and twice [B, M, H, D]"
-    return _refuses_sizes(sizes, key_sizes[1], q.dtype) or _refuses_layout(q, k, v)
+    refused = _refuses_sizes(sizes, key_sizes[1], q.dtype) or _refuses_layout(q, k, v)
+    return refused or (None if mask is None else _refuses_mask(mask, q, key_sizes[1], causal))
 
 
 def _refuses_sizes(sizes: torch.Size, num_keys: int, dtype: torch.dtype) -> str | None:
@@ -448,6 +564,21 @@ def _refuses_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | 
         if (b | n | h) & 7 or min(b, n, h) < 0 or max(b, h) >> 3 > _INT32 or n >= 1 << 24:
             return f"strides {t.stride()} of {name} are not multiples of 8 within the bounds of 32 bits"
     return alignment_reason(q=q, k=k, v=v)
+
+
+def _refuses_mask(mask: torch.Tensor, q: torch.Tensor, num_keys: int, causal: bool) -> str | None:
+    batch, num_rows, heads, _ = q.shape
+    if causal:
+        return "a mask and causal together"
+    if mask.dtype not in (torch.bool, q.dtype) or mask.device != q.device:
+        return f"the mask is {mask.dtype} on {mask.device}, q is {q.dtype} on {q.device}"
+    whole = (batch, heads, num_rows, num_keys)
+    if not 2 <= mask.dim() <= 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], whole[::-1], strict=False)):
+        return f"the mask {list(mask.shape)} does not broadcast to {list(whole)}"
+    b, h, n, m = mask.expand(whole).stride()
+    if max(b, h, n, (num_keys + 1024) * m) > _INT32:
+        return f"strides {mask.stride()} of the mask are beyond 32 bits"
+    return alignment_reason(mask=mask)
 
 
 def _strides(t: torch.Tensor) -> tuple[int, int, int]:
@@ -486,24 +617,28 @@ def launch_of(
     scale: float | None = None,
     causal: bool = False,
     *,
+    mask: torch.Tensor | None = None,
     parameters: Blocks,
 ) -> Launch:
     """What makes `out` from tensors that `supports` takes."""
     batch, num_rows, heads, channels = q.shape
     head, num_keys = head_class(channels), k.shape[1]
-    if parameters.single and num_keys > parameters.keys:
+    if parameters.single and not parameters.holds(num_keys):
         raise InputError(f"{num_keys} keys do not fit one block of {parameters.keys}; choose among `candidates`")
-    if causal and parameters.ahead:
-        raise InputError("scores cannot be computed ahead under a causal mask; choose among `candidates`")
     if parameters.ones and channels >= sum(parameters.widths(head)[2:]):
         raise InputError(f"{channels} channels leave no column for the ones; choose among `candidates`")
-    variant = _form(q.dtype, head, parameters, causal)
+    variant = _form(q.dtype, head, parameters, mask.dtype if mask is not None else "causal" if causal else None)
     programs = -(-channels // parameters.columns) if parameters.columns else 1
-    grid = (-(-num_rows // parameters.rows), batch * heads, programs)
+    turns = parameters.turns or 1
+    grid = (-(-num_rows // (parameters.rows * turns)), batch * heads, programs)
     factor = (channels**-0.5 if scale is None else float(scale)) * _LOG2_E
     strides = [s >> 3 for s in (*_strides(q), *_strides(k), *_strides(v))]
-    ones = _ones(q) if parameters.ones else q
-    return Launch(variant, grid, (q, k, v, ones, out, num_rows, num_keys, heads, channels // 8, *strides, factor))
+    strides += mask.expand(batch, heads, num_rows, num_keys).stride() if mask is not None else (0, 0, 0, 0)
+    numbers = (num_rows, num_keys, heads, channels // 8, *strides, factor)
+    given = (q, k, v, q if mask is None else mask)
+    if parameters.single:
+        return Launch(variant, grid, (*given, out, *numbers, turns))
+    return Launch(variant, grid, (*given, _ones(q) if parameters.ones else q, out, *numbers))
 
 
 def attention(
@@ -521,7 +656,8 @@ def attention(
 
     q           [B, N, H, D] f16 | bf16 | f32; channels dense, other strides multiples of 8
     k, v        [B, M, H, D], dtype and layout of q
-    mask        None
+    mask        broadcastable to [B, H, N, M]: bool (True: may be looked at) or dtype of q (added); None: all.  A row
+                that may look at nothing is 0
     scale       factor of the scores, positive; None: 1/√D
     causal      row n sees columns up to n
     parameters  one of `candidates`
@@ -538,22 +674,47 @@ def attention(
     elif out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous() or out.data_ptr() % 16:
         raise InputError(f"out {list(out.shape)} {out.dtype} is not contiguous {list(q.shape)} {q.dtype}")
     if out.numel():
-        launch_of(q, k, v, out, scale, causal, parameters=parameters).run()
+        launch_of(q, k, v, out, scale, causal, mask=mask, parameters=parameters).run()
     return out
 
 
 # -------------------------------------------------------------------------------------------------------- the choice
 def candidates(
-    num_rows: int, num_keys: int, channels: int, dtype: torch.dtype, device: Device, *, causal: bool = False
+    num_rows: int,
+    num_keys: int,
+    channels: int,
+    dtype: torch.dtype,
+    device: Device,
+    *,
+    heads: int = 1,
+    masked: bool = False,
 ) -> list[Blocks]:
-    """Forms worth comparing: those that fit the shared memory, a single block wherever all keys fit one."""
+    """Forms worth comparing: those that fit the shared memory, a single block wherever all keys fit one.
+
+    heads   of all the batch
+    masked  whether there is a mask, or a causal one
+    """
     head = head_class(channels)
     fit = [b for b in blocks_of(dtype, head) if b.shared_bytes(head, dtype.itemsize) <= device.shared_bytes]
-    fit = [b for b in fit if not (causal and b.ahead)]
-    single = [b for b in fit if b.single and num_keys <= b.keys and _keeps_registers(b, head, device)]
+    fit = [b for b in fit if takes_masks(b) or not masked]
+    single = [b for b in fit if b.single and b.holds(num_keys) and _keeps_registers(b, head, device)]
     several = [b for b in fit if not b.single]
+    if single:
+        # The smallest that holds the keys.
+        b = min(single, key=lambda b: b.keys + b.more_keys)
+        return [
+            replace(b, turns=_turns(-(-num_rows // b.rows), heads, _resident(b, head, dtype.itemsize, device), device))
+        ]
     # Some form must do, even one that spills a little.
-    return single or [b for b in several if _keeps_registers(b, head, device)] or several[-1:]
+    return [b for b in several if _keeps_registers(b, head, device)] or several[-1:]
+
+
+def _turns(blocks: int, heads: int, resident: int, device: Device) -> int:
+    """Blocks of rows for each program: all programs run at once, and the multiprocessors make equally many blocks."""
+    least = -(-blocks * heads // (device.num_sms * resident))
+    if least == 1:
+        return 0
+    return min(range(least, 2 * least + 1), key=lambda t: -(-(-(-blocks // t) * heads) // device.num_sms) * t)
 
 
 def _keeps_registers(p: Blocks, head: int, device: Device) -> bool:
@@ -564,7 +725,7 @@ def _keeps_registers(p: Blocks, head: int, device: Device) -> bool:
     """
     if device.arch >= 90:
         return True
-    return p.rows * (p.keys + sum(p.widths(head))) / (32 * p.num_warps) <= 0.7 * (p.registers or 255)
+    return p.rows * (p.keys + p.more_keys + sum(p.widths(head))) / (32 * p.num_warps) <= 0.7 * (p.registers or 255)
 
 
 def estimate_us(
@@ -579,45 +740,49 @@ def estimate_us(
     *,
     causal: bool = False,
 ) -> float:
-    """Time of one call in µs: that of the busiest multiprocessor, never less than the second-level cache needs.
+    """Time of one call in µs: that of the busiest multiprocessor, never less than the caches and the memory need.
 
     A program multiplies, then takes exponentials, then multiplies: two on one multiprocessor overlap little, and what
     they wait for each other within a block of keys only further programs hide.  Fitted to an H100 with heads of 40 to
     512 channels, 77 to 16,384 keys: within 15 %.
     """
-    p, head = parameters, head_class(channels)
-    values = sum(p.widths(head)[2:])
-    programs = -(-num_rows // p.rows) * batch * heads * (-(-channels // p.columns) if p.columns else 1)
+    p, head, turns = parameters, head_class(channels), parameters.turns or 1
+    columns = -(-channels // p.columns) if p.columns else 1
+    programs = -(-num_rows // (p.rows * turns)) * batch * heads * columns
     steps = -(-num_keys // p.keys) * (0.5 if causal else 1.0) + (0.5 if causal else 0.0)
-    scores = p.rows * p.keys
 
-    clock = clock_hz(device)
     products = _product_clocks(p, head, itemsize, device)
-    softmax = 0.67 * scores * (1 / 16 + _instructions(p, head, itemsize) / 128)
-    turns = -(-programs // device.num_sms)
-    resident = min(turns, _resident(p, head, itemsize, device))
+    softmax = 0.67 * (p.rows * (p.keys + p.more_keys) / 16 + _instructions(p, head) * p.num_warps / 4)
+    busiest = -(-programs // device.num_sms)
+    resident = min(busiest, _resident(p, head, itemsize, device))
     overlap = max(0.0, min(0.5, (resident * p.num_warps - 8) / 16))
-    step = products + softmax - overlap * min(products, softmax) + (0 if p.single else 500 / resident)
-    busy = (turns * steps * step + (3700 if p.single else 2500)) / clock
+    step = products + softmax - overlap * min(products, softmax)
+    if p.single:
+        clocks = 3700 + busiest * (_setup_instructions(p, head, itemsize) * p.num_warps / 4 + turns * step)
+    else:
+        clocks = 2500 + busiest * steps * (step + 500 / resident)
 
-    read = programs * (num_keys * (channels + min(channels, values)) + p.rows * channels) * itemsize
-    once = 2 * batch * heads * (num_rows + num_keys) * channels * itemsize
-    memory = once / (1e12 * (device.l2_tbs if once < device.l2_bytes / 2 else device.memory_tbs))
-    # A single block leaves nothing to compute while its program reads and writes.
-    busy = busy + memory if p.single else max(busy, memory)
-    return LAUNCH_US + 1e6 * max(busy, read / (device.l2_tbs * 1e12))
+    # Across the second-level cache goes what each program reads, to and from the memory each tensor once.
+    read = programs * (num_keys * (channels + min(channels, sum(p.widths(head)[2:]))) + p.rows * turns * channels)
+    once = 2 * batch * heads * (num_rows + num_keys) * channels
+    memory = once * itemsize / (1e12 * (device.l2_tbs if once * itemsize < device.l2_bytes / 2 else device.memory_tbs))
+    busy = clocks / clock_hz(device)
+    # A program with one block has nothing to compute while it reads and writes.
+    busy = max(busy + memory / turns, memory) if p.single else max(busy, memory)
+    return LAUNCH_US + 1e6 * max(busy, read * itemsize / (device.l2_tbs * 1e12))
 
 
 def _product_clocks(p: Blocks, head: int, itemsize: int, device: Device) -> float:
-    """Clocks that the tensor cores need for one block of keys.
+    """Clocks that the tensor cores need for one block of rows and keys.
 
     From Hopper on q comes out of the shared memory, 128 bytes in a clock, for each 64 rows and each block of keys
     again: with few keys that takes longer than the product.
     """
     k1, k2, v1, v2 = p.widths(head)
+    keys = p.keys + p.more_keys
     peak = (device.float_tflops if itemsize == 4 else device.half_tflops) / 0.85
-    rate = 2 * p.rows * p.keys / (peak * 1e12 / device.num_sms / clock_hz(device))
-    shared = p.rows / 64 * (64 + p.keys) * (k1 + k2) * itemsize / 128 if device.arch >= 90 and itemsize == 2 else 0.0
+    rate = 2 * p.rows * keys / (peak * 1e12 / device.num_sms / clock_hz(device))
+    shared = p.rows / 64 * (64 + keys) * (k1 + k2) * itemsize / 128 if device.arch >= 90 and itemsize == 2 else 0.0
     return max(rate * (k1 + k2), shared) + rate * (v1 + v2)
 
 
@@ -626,22 +791,25 @@ def clock_hz(device: Device) -> float:
     return device.float_tflops * 1e12 / (2 * lanes * device.num_sms) / 0.85
 
 
-def _instructions(p: Blocks, head: int, itemsize: int) -> float:
-    """Instructions for each score: counted in the machine code for sm_90."""
-    k1, k2, v1, v2 = p.widths(head)
-    each = p.rows * p.keys / (32 * p.num_warps)
-    if p.single:  # 20 for each load of 16 bytes: nothing is computed once and used by many blocks
-        loads = (p.rows * (k1 + k2) + p.keys * (k1 + k2 + v1 + v2)) * itemsize / (16 * 32 * p.num_warps)
-        return 6.5 + (250 + 20 * loads) / each
-    rescale = 0.0 if p.lazy else (v1 + v2) / p.keys
-    return 4.4 + 110 / each + rescale + (0.0 if p.ones else 1.2) + (1.3 if p.ahead else 0.0) + (0.5 if p.lazy else 0.0)
+def _instructions(p: Blocks, head: int) -> float:
+    """Instructions of a warp for one block of rows and keys: counted in the machine code for sm_90."""
+    threads, values = 32 * p.num_warps, sum(p.widths(head)[2:])
+    if p.single:
+        return (7 * p.rows * (p.keys + p.more_keys) + 7.6 * p.rows * values) / threads
+    each = 4.4 + (0.0 if p.ones else 1.2) + (0.5 if p.lazy else values / p.keys)
+    return 110 + each * p.rows * p.keys / threads
+
+
+def _setup_instructions(p: Blocks, head: int, itemsize: int) -> float:
+    """The same for what a single block does once: 20 for each 16 bytes of k and v."""
+    return 250 + 20 * (p.keys + p.more_keys) * sum(p.widths(head)) * itemsize / (16 * 32 * p.num_warps)
 
 
 def _resident(p: Blocks, head: int, itemsize: int, device: Device) -> int:
     """Programs that fit one multiprocessor at once."""
     k1, k2, v1, v2 = p.widths(head)
     threads = 32 * p.num_warps
-    columns = p.keys * (2.5 if p.ahead else 1.5) + v1 + v2 + (k1 + k2 if device.arch < 90 else 0)
-    registers = min(p.registers or 255, 50 + p.rows * columns / threads)
+    columns = (p.keys + p.more_keys) * (1.0 if p.single else 1.5) + v1 + v2 + (k1 + k2 if device.arch < 90 else 0)
+    registers = min(p.registers or 255, (35 if p.single else 50) + p.rows * columns / threads)
     by_shared = (device.shared_bytes + 1024) // (p.shared_bytes(head, itemsize) + 1024)
     return max(1, min(int(65536 / (registers * threads)), by_shared))
