@@ -153,7 +153,7 @@ def test_offsets_beyond_31_bits(device):
     for parameters in (HALF, dataclasses.replace(HALF, splits=2), FLATS[0]):
         got = c.conv2d_add(x, dense, bias, x, (1, 1), (1, 1), (1, 1), 1, parameters=parameters)
         check(got, conv_add, near, dense, bias, near)
-    got = c.conv2d(x, weight[:4], None, padding=(1, 1), parameters=PATCHES[1])
+    got = c.conv2d(x, weight[:4], None, padding=(1, 1), parameters=PATCHES[0])
     check(got, conv, near, weight[:4], None)
 
 
@@ -283,7 +283,10 @@ def test_small_pictures_split_the_sum():
 
 
 def test_few_channels_have_their_own_kernels():
-    assert any(f in c.candidates(c.Shape(2, 4, 64, 64, 320), 2, H100) for f in FLATS)
-    for shape, kinds in ((c.Shape(2, 320, 64, 64, 4), PATCHES), (c.Shape(1, 128, 512, 512, 3), PATCHES)):
+    for shape, kinds in (
+        (c.Shape(2, 4, 64, 64, 320), FLATS),
+        (c.Shape(2, 320, 64, 64, 4), PATCHES),
+        (c.Shape(1, 128, 512, 512, 3), PATCHES),
+    ):
         best = min(c.candidates(shape, 2, H100), key=lambda p: c.estimate_us(shape, 2, p, H100))
         assert best in kinds

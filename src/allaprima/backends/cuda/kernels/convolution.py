@@ -221,6 +221,8 @@ class Tile:
     more    further channels in a second accumulator (32: 160 channels, half of 320), or 0
     k       input channels of one step
     splits  parts of the sum, each in its own programs
+    registers  the most that a thread may use, so that two programs fit a multiprocessor and one multiplies while
+               the other begins or stores; None: no limit
     """
 
     m: int
@@ -230,11 +232,13 @@ class Tile:
     warps: int
     stages: int
     splits: int = 1
+    registers: int | None = None
 
     @property
     def name(self) -> str:
         columns = f"{self.n}+{self.more}" if self.more else str(self.n)
-        return f"tile {self.m}x{columns}x{self.k} warps={self.warps} stages={self.stages} splits={self.splits}"
+        limit = f" registers={self.registers}" if self.registers else ""
+        return f"tile {self.m}x{columns}x{self.k} warps={self.warps} stages={self.stages} splits={self.splits}{limit}"
 
     def shared_bytes(self, itemsize: int, arch: int) -> int:
         """Shared memory of one program: before Hopper one stage is in registers."""
@@ -252,15 +256,16 @@ class Library:
 Parameters = Tile | Flat | Patch | Library
 
 HALF_TILES = (
+    Tile(128, 256, 64, 64, 8, 3),
     Tile(128, 256, 0, 64, 8, 3),
     Tile(256, 128, 0, 64, 8, 3),
     Tile(128, 128, 32, 64, 8, 4),
     Tile(128, 128, 0, 64, 8, 4),
+    Tile(128, 128, 0, 64, 8, 3, registers=128),
     Tile(64, 128, 32, 64, 4, 4),
-    Tile(64, 128, 0, 64, 4, 4),
-    Tile(128, 64, 0, 64, 4, 4),
     Tile(64, 64, 0, 64, 4, 5),
 )
+"""Widths of 320 and 160 are for networks of 320·n channels.  What an H100 never chose is not here (64×128, 128×64)."""
 FLOAT_TILES = (Tile(64, 64, 0, 32, 4, 3), Tile(32, 64, 0, 32, 4, 3))
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -278,6 +283,7 @@ def _variant(dtype: torch.dtype, tile: Tile, partial: bool) -> Variant:
         {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "MORE_N": tile.more, "BLOCK_K": tile.k, "PARTIAL": partial},
         tile.warps,
         tile.stages,
+        tile.registers,
     )
 
 
@@ -660,16 +666,41 @@ def work_of(shape: Shape) -> Work:
 def resident(tile: Tile, itemsize: int, device: Device) -> int:
     """Programs that run on one multiprocessor at a time: shared memory and registers decide."""
     by_shared = (device.shared_bytes + 1024) // (tile.shared_bytes(itemsize, device.arch) + 1024)
-    registers = tile.m * (tile.n + tile.more) + 32 * tile.warps * 90
+    needed = tile.m * (tile.n + tile.more) + 32 * tile.warps * 90
+    registers = 32 * tile.warps * tile.registers if tile.registers else needed
     return max(1, min(by_shared, 65536 // registers, 64 // tile.warps))
 
 
-ALONE, TOGETHER, BUSY = 1.46, 2.0, 0.43
-"""Loads of a multiprocessor over its share of the cache's rate: with one program, and with several, which hide each
-other's latency; and how much longer a step is while all multiprocessors work: the clock falls, the cache is shared."""
+def holds(tile: Tile, itemsize: int, device: Device) -> bool:
+    """Whether a program fits: its buffers, and its sums beside the operands, which before Hopper are in registers."""
+    sums = tile.m * (tile.n + tile.more) // (32 * tile.warps)
+    return tile.shared_bytes(itemsize, device.arch) <= device.shared_bytes and (sums <= 128 or device.arch >= 90)
 
-BEGIN_US, END_BYTES = 1.0, 21e3
+
+SHARED, ISSUE_US, BUSY, CACHE = 1.32, 0.005, 0.27, 1.7
+"""What holds a step up beside its products: the rate of shared memory over 128 bytes a clock, as tensor cores read
+operands from there; a load that a thread issues, while a program alone multiplies nothing; how much longer all of that
+takes while all multiprocessors work; the rate of the cache over what others reach."""
+
+BEGIN_US, END_BYTES = 1.5, 22e3
 """What a program takes before its first and after its last step: a latency, and what it stores, bytes a µs."""
+
+
+def step_times(tile: Tile, itemsize: int, device: Device) -> tuple[float, float]:
+    """A step of one program, µs: what multiprocessors do for it, and what only the program itself waits for.
+
+    Of a step's k channels tensor cores read x once for each accumulator and the weight once for 64 rows.
+    """
+    columns = tile.n + tile.more
+    tflops = 1.1 * device.half_tflops if itemsize == 2 else 0.7 * device.float_tflops
+    products_us = 2 * tile.m * columns * tile.k / (tflops * 1e6 / device.num_sms)
+    loaded = (tile.m + columns) * tile.k * itemsize
+    read = (ceil_div(tile.m, 64) * columns + tile.m * (2 if tile.more else 1)) * tile.k * itemsize
+    # On Hopper a clock is 4096 operations or 128 bytes, before it 2048 or 128.
+    bytes_us = device.half_tflops * 1e6 / device.num_sms / (32 if device.arch >= 90 else 16)
+    shared_us = (loaded + read) / (SHARED * bytes_us)
+    loads_us = loaded / (CACHE * device.l2_tbs * 1e6 / device.num_sms)
+    return max(products_us, shared_us, loads_us), ISSUE_US * loaded / (16 * 32 * tile.warps)
 
 
 def tile_us(work: Work, itemsize: int, tile: Tile, device: Device, addend: bool = False, parts: int = 1) -> float:
@@ -685,16 +716,13 @@ def tile_us(work: Work, itemsize: int, tile: Tile, device: Device, addend: bool 
     # Products with zeros beyond the border of the result cost time, but neither power nor loads.
     used = work.positions * work.outputs * work.phases / (work.tiles(tile) * tile.m * columns)
     busy = 1 + BUSY * used * num_tiles / (busiest * device.num_sms)
-    tflops = 1.08 * device.half_tflops if itemsize == 2 else 0.7 * device.float_tflops
-    products_us = 2 * tile.m * columns * tile.k / (tflops * 1e6 / device.num_sms)
-    loads_us = (tile.m + columns) * tile.k * itemsize / (device.l2_tbs * 1e6 / device.num_sms)
+    step_us, issue_us = step_times(tile, itemsize, device)
     written = (4 if parts > 1 else itemsize) + (itemsize * addend if parts == 1 else 0)
     ends_us = BEGIN_US + tile.m * columns * written / END_BYTES
     steps = ceil_div(work.steps(tile), tile.splits)
 
     def round_us(together: int) -> float:
-        shared_us = together * max(products_us, loads_us / TOGETHER)
-        return steps * busy * max(products_us, loads_us / ALONE, shared_us if together > 1 else 0.0) + ends_us
+        return steps * busy * max(together * step_us, step_us + issue_us) + ends_us
 
     full, rest = divmod(busiest, resident(tile, itemsize, device))
     busy_us = full * round_us(resident(tile, itemsize, device)) + (round_us(rest) if rest else 0.0)
@@ -721,7 +749,7 @@ def library_us(work: Work, itemsize: int, device: Device, strided: bool = False)
     It behaves like tiles of 128 rows with the best of some widths and splits: of large rate, and with much to do before
     and after the steps.  Fitted on an H100 to 60 convolutions, ±7 %.
     """
-    rate = 0.96 * (device.half_tflops if itemsize == 2 else device.float_tflops) / (1.2 if strided else 1.0)
+    rate = 0.97 * (device.half_tflops if itemsize == 2 else device.float_tflops) / (1.2 if strided else 1.0)
     num_out = work.positions * work.outputs * work.phases
     moved = (work.input_elements + num_out) * itemsize
     depth = work.taps * work.channels
@@ -730,7 +758,7 @@ def library_us(work: Work, itemsize: int, device: Device, strided: bool = False)
         tiles = ceil_div(work.positions, 128) * ceil_div(work.outputs, columns) * work.phases * splits
         steps_us = 2 * 128 * columns * depth / splits / (rate * 1e6 / device.num_sms)
         adding_us = finish_us(splits, num_out, 4, itemsize, False, device) if splits > 1 else 0.0
-        return ceil_div(tiles, device.num_sms) * (steps_us + 6.5 + 0.026 * columns) + adding_us
+        return ceil_div(tiles, device.num_sms) * (steps_us + 7.5 + 0.022 * columns) + adding_us
 
     cuts = [(n, s) for n in LIBRARY_COLUMNS for s in LIBRARY_SPLITS if s == 1 or depth >= 512 * s]
     return max(min(cut_us(n, s) for n, s in cuts), 15.0 + memory_time(work.weight_elements * itemsize, moved, device))
@@ -740,7 +768,7 @@ def candidate_tiles(work: Work, itemsize: int, device: Device, num_sources: int 
     """Tiles that fit the device, each with the splits that fill it and no more."""
     found = []
     for tile in tiles(itemsize):
-        if tile.shared_bytes(itemsize, device.arch) > device.shared_bytes:
+        if not holds(tile, itemsize, device):
             continue
         wanted = max(2, resident(tile, itemsize, device)) * device.num_sms
         for splits in SPLITS:

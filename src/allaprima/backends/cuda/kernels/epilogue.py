@@ -153,5 +153,5 @@ def finish_us(num_parts: int, num_elements: int, parts_size: int, itemsize: int,
     return FINISH_US + ROUND_US * ceil_div(num_parts, 4) + moving_us
 
 
-FINISH_US, ROUND_US, HELD = 0.5, 1.7, 0.5
+FINISH_US, ROUND_US, HELD = 0.5, 1.6, 0.4
 """A launch behind the one that made the parts; four loads at a time; the part of the cache that still holds them."""

@@ -36,12 +36,14 @@ def flat_kernel(
     has_bias, has_addend, batch, height, width, channels, outputs, rows, columns,
     x_image, x_row, x_column, x_channel, kernel_columns, depth, weight_k,
     stride_rows, stride_columns, pad_rows, pad_columns, addend_image, addend_pixel,
-    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[pixel, :] = Σ over q < depth of x[pixel + tap(q), channel(q)]·weight[:, q], + bias + addend.
 
-    q counts channels inside taps, as a channels-last weight stores them.  Any strides of x, any number of channels.
-    outputs, addend_image and addend_pixel are in units of ALIGN elements.
+    q counts channels inside taps, as a channels-last weight stores them.  UNIT channels are one load: 1 for any strides
+    of x and any number of channels, 4 where four lie side by side.
+    outputs, addend_image and addend_pixel are in units of ALIGN elements; channels, depth, weight_k and the strides of
+    x in units of UNIT.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -52,20 +54,21 @@ def flat_kernel(
     image = (m // columns // rows).to(tl.int64)
     top = p * stride_rows - pad_rows
     left = q * stride_columns - pad_columns
-    x_start = x + image * x_image + top * x_row + left * x_column
+    x_start = x + (image * x_image + top * x_row + left * x_column) * UNIT
+    w_start = weight + n.to(tl.int64) * weight_k * UNIT
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, depth, BLOCK_K):
+    for first in range(0, depth * UNIT, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        tap = k // channels
+        unit = k // UNIT
+        tap = unit // channels
         r = tap // kernel_columns
         s = tap % kernel_columns
-        near = r * x_row + s * x_column + (k % channels) * x_channel
+        near = (r * x_row + s * x_column + (unit % channels) * x_channel) * UNIT + k % UNIT
         h = top[:, None] + r[None, :]
         w = left[:, None] + s[None, :]
-        mask = (h >= 0) & (h < height) & (w >= 0) & (w < width) & inside[:, None] & (k < depth)[None, :]
+        mask = (h >= 0) & (h < height) & (w >= 0) & (w < width) & inside[:, None] & (unit < depth)[None, :]
         x_tile = tl.load(x_start[:, None] + near[None, :], mask=mask, other=0.0)
-        w_start = weight + n.to(tl.int64) * weight_k
-        w_mask = (n < num_k)[:, None] & (k < depth)[None, :]
+        w_mask = (n < num_k)[:, None] & (unit < depth)[None, :]
         w_tile = tl.load(w_start[:, None] + k[None, :], mask=w_mask, other=0.0)
         acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision="ieee")
     mask = inside[:, None] & (n < num_k)[None, :]
@@ -157,15 +160,16 @@ class Patch:
         return f"patch {self.rows}x{self.columns} warps={self.warps} stages={self.stages}"
 
 
-FLATS = (Flat(64, 64, 4), Flat(32, 64, 4))
+FLATS = (Flat(64, 64, 4),)
 PATCHES = (Patch(8, 16, 4, 3),)
 MAX_FLAT_CHANNELS = 16
 """From here on whole tiles of channels are worth more than the padding of the axis."""
 
 
 @functools.cache
-def _flat_variant(dtype: torch.dtype, flat: Flat, align: int) -> Variant:
-    constants = {"ALIGN": align, "BLOCK_M": flat.m, "BLOCK_N": flat.n, "BLOCK_K": 32 if dtype.itemsize == 4 else 64}
+def _flat_variant(dtype: torch.dtype, flat: Flat, align: int, unit: int) -> Variant:
+    depth = 32 if dtype.itemsize == 4 else 64
+    constants = {"ALIGN": align, "UNIT": unit, "BLOCK_M": flat.m, "BLOCK_N": flat.n, "BLOCK_K": depth}
     return Variant(flat_kernel, (*(dtype,) * 5, *(1,) * 22), constants, flat.warps, 1)
 
 
@@ -177,7 +181,7 @@ def _patch_variant(dtype: torch.dtype, patch: Patch) -> Variant:
 
 def few_channels_variants(dtype: torch.dtype) -> Iterator[Variant]:
     """Every compiled form that the launches of this file may ask for with that dtype."""
-    yield from (_flat_variant(dtype, flat, align) for flat in FLATS for align in (8, 1))
+    yield from (_flat_variant(dtype, flat, *wide) for flat in FLATS for wide in ((8, 4), (8, 1), (1, 1)))
     yield from (_patch_variant(dtype, patch) for patch in PATCHES)
 
 
@@ -250,14 +254,17 @@ def few_channels_launch(
     beside = Pixels(0, 0) if addend is None else addend_pixels(addend, batch, outputs, rows, columns)
     assert beside is not None
     align = 8 if outputs % 8 == 0 else 1
+    image, channel, row, column = x.stride()
+    in_units = x.shape[1] % 4 == 0 and channel == 1 and not (image % 4 or row % 4 or column % 4 or strides.image % 4)
+    unit = 4 if align == 8 and in_units else 1
     return Launch(
-        _flat_variant(x.dtype, parameters, align),
+        _flat_variant(x.dtype, parameters, align, unit),
         (ceil_div(batch * rows * columns, parameters.m), ceil_div(outputs, parameters.n), 1),
         (
             x, weight, x if bias is None else bias, x if addend is None else addend, out,
-            int(bias is not None), int(addend is not None), batch, height, width, channels, outputs // align,
-            rows, columns, x.stride(0), x.stride(2), x.stride(3), x.stride(1), weight.shape[3],
-            channels * weight.shape[2] * weight.shape[3], strides.image, *stride, *padding,
+            int(bias is not None), int(addend is not None), batch, height, width, channels // unit, outputs // align,
+            rows, columns, image // unit, row // unit, column // unit, channel, weight.shape[3],
+            channels // unit * weight.shape[2] * weight.shape[3], strides.image // unit, *stride, *padding,
             beside.image // align, beside.pixel // align,
         ),
     )  # fmt: skip
@@ -285,7 +292,7 @@ def few_channels_us(
 ) -> float:
     """Time of a launch, µs; sizes are B, C, H, W, K, P, Q.
 
-    The gathered product issues one load an element, 32 a cycle and multiprocessor; patches are bound by reading x.
+    The gathered product is bound by finding and gathering its elements, alone or four at a time; patches by reading x.
     """
     batch, channels, height, width, outputs, rows, columns = sizes
     moved = batch * (channels * height * width + outputs * rows * columns) * itemsize
@@ -301,6 +308,6 @@ def few_channels_us(
         return LAUNCH_US + 3.0 + max(waves * each_us, moved / (device.memory_tbs * 1e6))
     depth = 64 * ceil_div(channels * kernel[0] * kernel[1], 64)
     num_tiles = ceil_div(batch * rows * columns, parameters.m) * ceil_div(outputs, parameters.n)
-    each_us = 2.5 * depth / 64
+    each_us = (0.8 if channels % 4 == 0 else 2.5) * depth / 64
     rate = device.l2_tbs if moved < device.l2_bytes else device.memory_tbs
     return LAUNCH_US + 2.0 + max(max(1.0, num_tiles / device.num_sms) * each_us, moved / (rate * 1e6))
