@@ -64,7 +64,7 @@ class Call:
             case "upsample_conv" | "upsample_conv_folded":
                 return (*images[:2], images[2] if len(images) > 2 else None, bias, None, None)
             case "group_norm.default" | "group_norm_silu":
-                return (images[0], GROUPS, *flat, EPSILON)
+                return ((images or tensors)[0], GROUPS, *flat, EPSILON)
             case "group_norm_silu_cat":
                 return (images, GROUPS, *flat, EPSILON)
             case "layer_norm.default":
