@@ -194,6 +194,13 @@ def _weights(s, factor, m, POLY: gl.constexpr):
 
 
 @gluon.jit
+def _row_max(s, KEYS: gl.constexpr):
+    """[64]: in several chains at once, since one is as slow as its length."""
+    parts = gl.max(gl.max(s.reshape([64, 4, KEYS // 32, 8]), 2), 1)
+    return gl.convert_layout(gl.max(parts, 1), gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+
+
+@gluon.jit
 def _row_sums(p, KEYS: gl.constexpr):
     """[64, 8]: sums over every eighth key, which need no other thread."""
     return gl.sum(p.reshape([64, KEYS // 8, 8]), 1)
@@ -244,7 +251,7 @@ def _compute(
     mbarrier.arrive(k_free.index(0), count=1)
     keys = (num_blocks - 1) * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, S))
     s = gl.where((keys < num_keys)[None, :], s, -float("inf"))
-    m = gl.max(s, 1) * factor
+    m = _row_max(s, KEYS) * factor
     if POLY:
         m = gl.ceil(m)
     p_wide = gl.exp2(s * factor - m[:, None])
@@ -255,12 +262,12 @@ def _compute(
     p = p_wide.to(dtype)
     acc_1 = gl.zeros((64, V_1), gl.float32, A_1)
     acc_2 = gl.zeros((64, V_2 if V_2 else 16), gl.float32, A_2)
+    mbarrier.wait(v_full.index(0), 0)
 
     for i in range(1, num_blocks):
         stage = i % STAGES
         old = (i - 1) % STAGES
         mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
-        mbarrier.wait(v_full.index(old), ((i - 1) // STAGES) & 1)
         if TURNS:
             # The first group's first turn needs no one before it.
             mbarrier.wait(turn.index(GROUP), ((i - 1) & 1) ^ (1 if GROUP == 0 else 0))
@@ -274,7 +281,7 @@ def _compute(
             s, acc_1, acc_2, p = warpgroup_mma_wait(num_outstanding=0, deps=(s, acc_1, acc_2, p))
             mbarrier.arrive(v_free.index(old), count=1)
         mbarrier.arrive(k_free.index(stage), count=1)
-        top = gl.maximum(m, gl.max(s, 1) * factor)
+        top = gl.maximum(m, _row_max(s, KEYS) * factor)
         if POLY:
             top = gl.ceil(top)
         if LAZY:
@@ -287,6 +294,7 @@ def _compute(
             by_sum = gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
             total = total * by_sum[:, None] + _row_sums(p_wide, KEYS)
         p_next = p_wide.to(dtype)
+        mbarrier.wait(v_full.index(stage), (i // STAGES) & 1)
         if AHEAD:
             acc_1, acc_2, p = warpgroup_mma_wait(num_outstanding=0, deps=(acc_1, acc_2, p))
             mbarrier.arrive(v_free.index(old), count=1)
@@ -296,7 +304,6 @@ def _compute(
         p = p_next
 
     last = num_blocks - 1
-    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     acc_1, acc_2 = _weigh(p, acc_1, acc_2, v_s, last % STAGES, P_1, P_2, KEYS, V_1, V_2)
     acc_1, acc_2, p = warpgroup_mma_wait(num_outstanding=0, deps=(acc_1, acc_2, p))
 
