@@ -458,13 +458,18 @@ HALF_BLOCKS: dict[int, tuple[Blocks, ...]] = {
     80: (Blocks(128, 64, 8, 3, registers=128, **_BOTH), Blocks(64, 64, 4, 2, **_BOTH), *_SINGLE_SPLIT),
     128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), *_SINGLE),
     160: (
-        Blocks(128, 64, 8, 2, **_BOTH),
+        Blocks(128, 64, 8, 3, **_BOTH),
         Blocks(64, 64, 4, 2, **_BOTH),
         Blocks(64, 32, 4, 2, **_BOTH),
         *_SINGLE_SPLIT,
     ),
     256: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2, columns=128)),
-    512: (Blocks(128, 32, 8, 2, columns=128), Blocks(128, 16, 8, 3, columns=256), Blocks(32, 32, 4, 1, columns=128)),
+    512: (
+        Blocks(64, 32, 4, 3, columns=256),
+        Blocks(128, 32, 8, 2, columns=128),
+        Blocks(128, 16, 8, 3, columns=256),
+        Blocks(32, 32, 4, 1, columns=128),
+    ),
 }
 """What is compiled for f16 and bf16, by class of head."""
 
