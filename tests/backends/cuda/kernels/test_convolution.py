@@ -282,6 +282,16 @@ def test_small_pictures_split_the_sum():
     assert any(isinstance(p, c.Tile) for p in c.candidates(c.Shape(2, 1280, 8, 8, 1280), 2, A10))
 
 
+def test_what_fits_a_multiprocessor():
+    wide = next(t for t in c.HALF_TILES if t.n + t.more == 320)
+    assert c.holds(wide, 2, H100)
+    assert not c.holds(wide, 2, A100), "before Hopper the operands need registers too"
+    limited = next(t for t in c.HALF_TILES if t.registers)
+    assert c.resident(limited, 2, H100) == 2
+    assert c.resident(dataclasses.replace(limited, registers=None), 2, H100) == 1
+    assert c.step_times(wide, 2, H100)[0] < 2.5 * c.step_times(limited, 2, H100)[0], "fewer bytes for each product"
+
+
 def test_few_channels_have_their_own_kernels():
     for shape, kinds in (
         (c.Shape(2, 4, 64, 64, 320), FLATS),
