@@ -294,6 +294,8 @@ def _compute(
             by_sum = gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
             total = total * by_sum[:, None] + _row_sums(p_wide, KEYS)
         p_next = p_wide.to(dtype)
+        # Needed in the next turn only; but the assembler moves nothing across this loop, and without it would put the
+        # wait for p·v before the exponentials.
         mbarrier.wait(v_full.index(stage), (i // STAGES) & 1)
         if AHEAD:
             acc_1, acc_2, p = warpgroup_mma_wait(num_outstanding=0, deps=(acc_1, acc_2, p))
