@@ -33,7 +33,7 @@ def conv(x, weight, bias, *addends):
 def make(problem, tile, out, monkeypatch, num_sms=2):
     assert isinstance(problem, c.Problem), problem
     assert c.refuses(problem, tile) is None
-    names = {f.name for f in c.forms(problem.x.dtype)}
+    names = {f.name for f in c.variants(problem.x.dtype)}
     for launch in c.launches_of(problem, tile, out, num_sms):
         if launch.variant.kernel is c.hopper_conv:
             assert launch.variant.name in names

@@ -552,14 +552,14 @@ def _form(dtype: torch.dtype, tile: Tile, residual: bool, gated: bool) -> Form:
         {
             "TH": tile.rows, "TB": tile.images, "TW": tile.columns, "BN": tile.n, "MORE": tile.more, "BK": BLOCK_K,
             "TAPS": tile.taps, "SA": tile.x_stages, "SB": tile.w_stages, "RESIDUAL": int(residual),
-            "GATED": int(gated), "PARTIAL": int(partial), "GROUPS": tile.groups, "WARPS": tile.warps, "REGISTERS": 232,
+            "GATED": int(gated), "PARTIAL": int(partial), "GROUPS": tile.groups, "WARPS": tile.warps, "REGISTERS": 240,
         },
         tile.warps,
         registers=limit,
     )  # fmt: skip
 
 
-def forms(dtype: torch.dtype) -> Iterator[Form]:
+def variants(dtype: torch.dtype) -> Iterator[Form]:
     """Every form that the calls of this file launch with tensors of `dtype`, beside `finish_variants`."""
     if dtype == torch.float32:
         return
