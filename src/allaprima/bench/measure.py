@@ -27,6 +27,9 @@ from .workloads import STEP_OPTIONS, WORKLOADS, Case, aliased, component, compon
 Status = Literal["ok", "wrong", "failed", "unfinished"]
 Say = Callable[[str], None]
 
+LOOP_MS = 60.0
+"""On CUDA short calls follow one another for so long, as the steps of a picture do."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -264,7 +267,8 @@ def _first_calls(entry: _Entry, cases: Sequence[Case]) -> dict[str, Any]:
 def _timed(entries: Sequence[_Entry], case: Case, repeats: int, say: Say) -> dict[str, Times]:
     say(f"time: {case}")
     calls = {e.name: WORKLOADS[case.what].cycle(e.pipe, case) for e in entries if e.runs(case)}
-    return alternate(calls, repeats=repeats, device=entries[0].pipe.device)
+    device = entries[0].pipe.device
+    return alternate(calls, repeats=repeats, device=device, least_ms=LOOP_MS if device.type == "cuda" else 0.0)
 
 
 def _later_costs(entry: _Entry, pipe: Any, cases: Sequence[Case], say: Say) -> None:
