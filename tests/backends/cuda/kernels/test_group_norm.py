@@ -15,10 +15,9 @@ from allaprima.errors import InputError
 
 from .norm_cases import DTYPES, assert_no_worse, channels_last_in_nan
 
-SMALL = next(p for p in kernels.WHOLE if p.pixels >= 256 and p.groups > 1)
-SINGLE = next(p for p in kernels.WHOLE if p.pixels >= 256 and p.groups == 1)
-LARGE = kernels.SPLIT[0]
-MANY_PARTS = dataclasses.replace(LARGE, unroll=1, programs=1000)
+HELD = next(p for p in kernels.HELD if p.cols == 64 and p.pixels >= 256)
+SMALL, LARGE, NARROW = kernels.WHOLE[0], kernels.SPLIT[0], kernels.SPLIT[1]
+MANY_PARTS = dataclasses.replace(NARROW, unroll=1, programs=1000)
 """So many that they are merged by a kernel between."""
 
 EPS = 1e-5
@@ -76,12 +75,13 @@ def check(sources: Sequence[torch.Tensor], groups: int, silu: bool, parameters: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("parameters", [SMALL, LARGE], ids=repr)
+@pytest.mark.parametrize("parameters", [HELD, SMALL, NARROW], ids=repr)
 def test_types(device: torch.device, dtype: torch.dtype, silu: bool, parameters: kernels.Parameters) -> None:
-    check([numbers(device, dtype, 2, 20, 3, 5)], 2, silu, parameters)
+    channels = 80 if parameters is HELD else 20
+    check([numbers(device, dtype, 2, channels, 3, 5)], 2, silu, parameters)
 
 
-@pytest.mark.parametrize("parameters", [SMALL, LARGE], ids=repr)
+@pytest.mark.parametrize("parameters", [SMALL, NARROW], ids=repr)
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
 def test_shapes(device: torch.device, parameters: kernels.Parameters, shape: tuple[int, ...], groups: int) -> None:
     check([numbers(device, torch.float16, *shape)], groups, True, parameters)
@@ -90,12 +90,13 @@ def test_shapes(device: torch.device, parameters: kernels.Parameters, shape: tup
 @pytest.mark.parametrize("parameters", kernels.PARAMETERS, ids=repr)
 def test_every_form_to_its_limit(device: torch.device, parameters: kernels.Parameters) -> None:
     """All pixels that the registers hold; or more than two steps of the loops, and no multiple of anything."""
-    if isinstance(parameters, kernels.Whole):
-        pixels = parameters.pixels
+    if isinstance(parameters, kernels.Held):
+        sizes = 2 * parameters.cols - 16, parameters.pixels
     else:
-        pixels = 2 * parameters.rows(min(parameters.cols, parameters.apply_cols), 2) + 13
+        sizes = 32, 2 * parameters.slots(parameters.cols) * parameters.unroll + 13
+    if isinstance(parameters, kernels.Split):
         parameters = dataclasses.replace(parameters, programs=1)
-    check([numbers(device, torch.float16, 1, 32, 1, pixels)], 2, True, parameters)
+    check([numbers(device, torch.float16, 1, sizes[0], 1, sizes[1])], 2, True, parameters)
 
 
 @pytest.mark.parametrize("programs", [1, 5, 1000])
@@ -104,8 +105,8 @@ def test_any_number_of_parts(device: torch.device, programs: int) -> None:
     check([numbers(device, torch.float32, 1, 40, 1100)], 4, True, parameters)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8, 12, 60, 128, 136])
-@pytest.mark.parametrize("parameters", [SMALL, SINGLE, LARGE], ids=repr)
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8, 12, 40, 60, 128, 136])
+@pytest.mark.parametrize("parameters", [HELD, SMALL, LARGE], ids=repr)
 def test_any_width_of_groups(device: torch.device, parameters: kernels.Parameters, width: int) -> None:
     """A few that fill several programs, not evenly; what does not fit is refused or takes the general form."""
     groups = 10 if width > 32 else 40
@@ -126,22 +127,26 @@ def test_two_sources(
     check([numbers(device, torch.float16, 2, c, 7, 3) for c in (first, second)], groups, True, parameters)
 
 
-@pytest.mark.parametrize("parameters", [SMALL, LARGE], ids=repr)
+def test_a_held_group_may_straddle_two_sources(device: torch.device) -> None:
+    check([numbers(device, torch.float16, 2, c, 7, 3) for c in (48, 72)], 3, True, HELD)
+
+
+@pytest.mark.parametrize("parameters", [HELD, SMALL, LARGE], ids=repr)
 def test_absent_weight_and_bias(device: torch.device, parameters: kernels.Parameters) -> None:
-    x = numbers(device, torch.float32, 1, 16, 6, 5)
-    weight, bias = numbers(device, torch.float32, 16, seed=1), numbers(device, torch.float32, 16, seed=2)
+    x = numbers(device, torch.float32, 1, 96, 6, 5)
+    weight, bias = numbers(device, torch.float32, 96, seed=1), numbers(device, torch.float32, 96, seed=2)
     for w, b in ((None, None), (weight, None), (None, bias)):
         got = kernels.group_norm(x.contiguous(memory_format=torch.channels_last), 2, w, b, EPS, parameters=parameters)
         assert_no_worse(got, truth_of([x], 2, w, b, False), truth_of([x], 2, w, b, False, x.dtype))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("parameters", [SMALL, LARGE], ids=repr)
+@pytest.mark.parametrize("parameters", [HELD, SMALL, LARGE], ids=repr)
 def test_addend(device: torch.device, parameters: kernels.Parameters, rows: int) -> None:
     """The sum is not rounded, so that it is nearer to the truth than x + addend in half precision."""
-    x = numbers(device, torch.float16, 2, 16, 6, 5)
-    weight, bias = numbers(device, torch.float16, 16, seed=1), numbers(device, torch.float16, 16, seed=2)
-    addend = 5 * numbers(device, torch.float16, rows, 32, seed=3)[:, 16:]
+    x = numbers(device, torch.float16, 2, 96, 6, 5)
+    weight, bias = numbers(device, torch.float16, 96, seed=1), numbers(device, torch.float16, 96, seed=2)
+    addend = 5 * numbers(device, torch.float16, rows, 112, seed=3)[:, 16:]
     got = kernels.group_norm_silu(
         x.contiguous(memory_format=torch.channels_last), 2, weight, bias, EPS, parameters=parameters, addend=addend
     )
@@ -151,29 +156,31 @@ def test_addend(device: torch.device, parameters: kernels.Parameters, rows: int)
     assert_no_worse(got, truth, truth_of([near], 2, weight, bias, True, x.dtype))
 
 
-@pytest.mark.parametrize("parameters", [SMALL, SINGLE, LARGE, MANY_PARTS], ids=repr)
+@pytest.mark.parametrize("parameters", [HELD, SMALL, LARGE, MANY_PARTS], ids=repr)
 def test_a_large_mean_does_not_cancel(device: torch.device, parameters: kernels.Parameters) -> None:
     """Spread 1 around 4,096, another mean in each channel: sums of squares in f32 would leave no digit."""
-    x = numbers(device, torch.float32, 1, 16, 28, 9) + 4096 + 3 * torch.arange(16, device=device)[None, :, None, None]
+    channels, groups = (80, 2) if parameters is HELD else (16, 4)
+    means = 4096 + 3 * torch.arange(channels, device=device)
+    x = numbers(device, torch.float32, 1, channels, 28, 9) + means[None, :, None, None]
     x = x.contiguous(memory_format=torch.channels_last)
-    got = kernels.group_norm(x, 4, None, None, EPS, parameters=parameters)
-    assert_no_worse(got, truth_of([x], 4, None, None, False), truth_of([x], 4, None, None, False, x.dtype))
+    got = kernels.group_norm(x, groups, None, None, EPS, parameters=parameters)
+    assert_no_worse(got, truth_of([x], groups, None, None, False), truth_of([x], groups, None, None, False, x.dtype))
 
 
-@pytest.mark.parametrize("parameters", [SMALL, LARGE], ids=repr)
+@pytest.mark.parametrize("parameters", [HELD, SMALL, LARGE], ids=repr)
 @pytest.mark.parametrize("value", [0.0, -3.0, 60000.0])
 def test_constant_input(device: torch.device, parameters: kernels.Parameters, value: float) -> None:
-    x = torch.full((1, 16, 9, 9), value, dtype=torch.float16, device=device)
-    bias = numbers(device, torch.float16, 16)
+    x = torch.full((1, 80, 9, 9), value, dtype=torch.float16, device=device)
+    bias = numbers(device, torch.float16, 80)
     got = kernels.group_norm(x.contiguous(memory_format=torch.channels_last), 2, None, bias, EPS, parameters=parameters)
     assert torch.equal(got, bias[None, :, None, None].expand_as(got))
 
 
-@pytest.mark.parametrize("parameters", [SMALL, LARGE], ids=repr)
+@pytest.mark.parametrize("parameters", [HELD, SMALL, NARROW], ids=repr)
 def test_in_place(device: torch.device, parameters: kernels.Parameters) -> None:
-    x = numbers(device, torch.float16, 1, 16, 9, 15).contiguous(memory_format=torch.channels_last)
-    expected = kernels.group_norm(x, 4, parameters=parameters)
-    assert kernels.group_norm(x, 4, parameters=parameters, out=x) is x
+    x = numbers(device, torch.float16, 1, 80, 9, 15).contiguous(memory_format=torch.channels_last)
+    expected = kernels.group_norm(x, 2, parameters=parameters)
+    assert kernels.group_norm(x, 2, parameters=parameters, out=x) is x
     assert torch.equal(x, expected)
 
 
@@ -187,29 +194,27 @@ def test_far_from_zero_silu_is_its_limit(device: torch.device) -> None:
 
 @pytest.mark.parametrize("parameters", [SMALL, LARGE], ids=repr)
 @pytest.mark.parametrize("axis", ["image", "pixel"])
-def test_offsets_beyond_two_to_the_31(device: torch.device, parameters: kernels.Parameters, axis: str) -> None:
+def test_offsets_beyond_two_to_the_31(device: torch.device, parameters: kernels.Whole, axis: str) -> None:
     """The tensor reaches over 4 GB, of which only a few pages are touched."""
     shape, strides = ((2, 16, 3), (2**31, 1, 16)) if axis == "image" else ((1, 16, 2050), (0, 1, 2**20))
-    pixels = shape[2]
     big = torch.empty(2**31 + 2**22, dtype=torch.float16, device=device)
     values = numbers(device, torch.float16, *shape)
     x = torch.as_strided(big, shape, strides).copy_(values)
-    if pixels > SMALL.pixels and parameters is SMALL:
-        return
+    parameters = dataclasses.replace(parameters, unroll=8)
     got = kernels.group_norm(x, 4, None, None, EPS, parameters=parameters)
     assert_no_worse(got, truth_of([values], 4, None, None, False), truth_of([values], 4, None, None, False, x.dtype))
 
 
 def test_the_result_is_channels_last_and_repeats_bit_by_bit(device: torch.device) -> None:
-    x = numbers(device, torch.float16, 1, 40, 7, 11).contiguous(memory_format=torch.channels_last)
-    for parameters in (SINGLE, LARGE):
+    x = numbers(device, torch.float16, 1, 160, 7, 11).contiguous(memory_format=torch.channels_last)
+    for parameters in (HELD, SMALL, LARGE):
         first, second = (kernels.group_norm(x, 4, parameters=parameters) for _ in range(2))
         assert first.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(first, second)
     flat = kernels.group_norm(x.flatten(2), 4, parameters=LARGE)
-    assert flat.stride() == (40 * 77, 1, 40)
+    assert flat.stride() == (160 * 77, 1, 160)
     assert torch.equal(flat, first.flatten(2))
-    assert kernels.group_norm(x[:0], 4, parameters=LARGE).shape == (0, 40, 7, 11)
+    assert kernels.group_norm(x[:0], 4, parameters=LARGE).shape == (0, 160, 7, 11)
 
 
 def test_what_is_not_supported_has_a_reason(device: torch.device) -> None:
@@ -225,7 +230,7 @@ def test_what_is_not_supported_has_a_reason(device: torch.device) -> None:
     assert "16 bytes" in reason(x, weight=weight[1:])
     assert "weight must be" in reason(x, weight=weight)
     assert "fit 1024 columns" in reason(torch.zeros(1, 4, 4, 1032, device=device).movedim(-1, 1), groups=1)
-    assert "registers" in reason(torch.zeros(1, 17, 16, 16, device=device).movedim(-1, 1))
+    assert "registers" in reason(torch.zeros(1, 17, 16, 80, device=device).movedim(-1, 1), parameters=HELD)
     assert "groups" in reason(x, groups=3)
     assert "one or two" in reason(x, x[:, :, :2])
     assert "float64" in reason(x.double())
@@ -239,10 +244,16 @@ def test_what_is_not_supported_has_a_reason(device: torch.device) -> None:
 def test_what_is_launched_is_among_the_variants(device: torch.device, dtype: torch.dtype) -> None:
     known = list(kernels.variants(dtype))
     for parameters in kernels.PARAMETERS:
-        for channels, silu, two in ((48, True, False), (48, False, False), (24, True, True), (12, True, False)):
-            x = torch.empty((2, 17, 5, channels), dtype=dtype, device=device).movedim(-1, 1)
+        for channels, silu, two in (
+            (160, True, False),
+            (160, False, False),
+            (80, True, True),
+            (320, True, False),
+            (12, True, False),
+        ):
+            x = torch.empty((2, 12, 5, channels), dtype=dtype, device=device).movedim(-1, 1)
             sources = (x, x) if two else (x,)
-            out = torch.empty((2, 17, 5, channels * len(sources)), dtype=dtype, device=device).movedim(-1, 1)
+            out = torch.empty((2, 12, 5, channels * len(sources)), dtype=dtype, device=device).movedim(-1, 1)
             if kernels.supports(sources, 4, None, None, parameters=parameters, out=out):
                 continue
             for launch in kernels.launches_of(sources, 4, None, None, EPS, silu=silu, parameters=parameters, out=out):

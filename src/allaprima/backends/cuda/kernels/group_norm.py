@@ -1,8 +1,9 @@
 """GroupNorm over channels-last pictures, with SiLU or without, over one tensor or two that stand side by side.
 
-Two forms.  Whole: one program holds all pixels of its groups in registers: it reads once, writes once and is one
-launch; for small pictures.  Split: programs over (image, pixels, groups) write partial statistics, others merge them
-while their own pixels are on the way, normalise and write; for what needs the bandwidth of the whole GPU.
+Three forms.  Held: one program holds all pixels of one group in registers, reads once and writes once; for few pixels.
+Whole: one program walks through whole groups, reads them twice (the second time mostly from the first-level cache) and
+writes them; for small pictures, where a launch costs more than the bytes.  Split: programs over (image, pixels, groups)
+write partial statistics, others merge them, normalise and write; for large pictures.
 
 Statistics are means and sums of squared deviations, merged after Chan et al. 1982: nothing cancels, there are no
 atomics, and the order of additions depends on sizes and launch parameters only.
@@ -28,14 +29,20 @@ from ..device import Device
 from .strides import alignment_reason, collapse
 from .variant import Launch, Variant
 
-LAUNCH_US = 2.0
+LAUNCH_US = 2.2
 """A kernel that does next to nothing, within a CUDA graph."""
 
-LATENCY_US = 1.0
-"""What a program waits for, one after the other: its pixels, exchanges between threads, partial statistics."""
+HELD_US = 0.14, 0.25
+"""1024 numbers that one program holds, from the load to the result: without SiLU and with it."""
 
-VALUES_US = 0.09
-"""1024 numbers of one program: conversions, and SiLU at 16 special functions a cycle."""
+STEP_US = 0.9, 1.45
+"""One step of the loops of one program that walks alone, statistics and result: without SiLU and with it."""
+
+PASS_US = 1.2
+"""What each of two kernels waits for beside its bytes: the first loads, the exchanges between threads."""
+
+SCAN_US, MERGE_US = 0.02, 0.04
+"""Latency of adding up groups, for each column of a program; of merging partial statistics, for each part."""
 
 EFFICIENCY = 0.55, 0.85
 """Shares of the bandwidth of second-level cache and memory that loads, conversions and SiLU reach together."""
@@ -63,9 +70,9 @@ def _source(first, second, boundary, step_1, step_2, channels, TWO: tl.constexpr
 
 @triton.jit
 def _load(base, step, start, rows, end, live):
-    """Pixels start + rows (below end), 0 outside."""
+    """Pixels start + rows (below end) as f32, 0 outside."""
     pointers = base + start * step.to(tl.int64) + rows * step
-    return tl.load(pointers, mask=(start + rows < end) & live, other=0.0)
+    return tl.load(pointers, mask=(start + rows < end) & live, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -86,11 +93,8 @@ def _moments(
     mean = tl.zeros([SLOTS, COLS], tl.float32)
     squares = tl.zeros([SLOTS, COLS], tl.float32)
     base, step = _source(first, second, boundary, step_1, step_2, columns, TWO)
-    following = _load(base, step, begin, rows, end, alive)
     for start in range(begin, end, UNROLL * SLOTS):
-        # The next step's pixels are on the way while this one's are added up.
-        x = following.to(tl.float32)
-        following = _load(base, step, start + UNROLL * SLOTS, rows, end, alive)
+        x = _load(base, step, start, rows, end, alive)
         # Every step but the last is full, so what a slot has seen before needs no counting.
         count = (start - begin) // SLOTS * 1.0
         fresh = tl.minimum(tl.maximum((end - start - slot + SLOTS - 1) // SLOTS, 0), UNROLL).to(tl.float32)[:, None]
@@ -101,51 +105,45 @@ def _moments(
         squares += tl.sum(away * away, 1) + gap * gap * (count * share)
         mean += gap * share
     counts = tl.maximum((end - begin - slot + SLOTS - 1) // SLOTS, 0).to(tl.float32)[:, None]
+    # Rounded division here and below: of equal numbers, none is away from the mean.
     total = tl.div_rn(tl.sum(mean * counts, 0), (end - begin).to(tl.float32))
     apart = mean - total[None, :]
     return total, tl.sum(squares + apart * apart * counts, 0)
 
 
 @triton.jit
-def _members(channels, live, first, width, GROUPS: tl.constexpr):
-    """Which channels form which group, counted from `first` on: [COLS, GROUPS].
-
-    Sums over groups of any width are products with this matrix: one exchange between threads, where a scan takes many.
-    """
-    group = channels // width - first
-    return (group[:, None] == tl.arange(0, GROUPS)[None, :]) & live[:, None]
+def _add_within(left, left_group, right, right_group):
+    return tl.where(left_group == right_group, left + right, right), right_group
 
 
 @triton.jit
-def _to_groups(x, members, GROUPS: tl.constexpr):
-    """The sum over each group's channels; x is 0 at channels of none."""
-    if GROUPS == 1:
-        return tl.sum(x, 0, keep_dims=True)
-    else:
-        return tl.sum(tl.where(members, x[:, None], 0.0), 0)
+def _over_groups(x, group, last):
+    """The sum of x over its group, at every channel of the group; `last` is where the group's last channel is."""
+    total, _ = tl.associative_scan((x, group), 0, _add_within)
+    return tl.gather(total, last, 0)
 
 
 @triton.jit
-def _to_channels(x, members, COLS: tl.constexpr, GROUPS: tl.constexpr):
-    """What belongs to each channel's group."""
-    if GROUPS == 1:
-        return tl.broadcast_to(x, [COLS])
-    else:
-        return tl.sum(tl.where(members, x[None, :], 0.0), 1)
+def _groups(mean, squares, pixels, local, width, COLS: tl.constexpr):
+    """Statistics of channels -> of the groups that they form, at every channel [COLS]."""
+    group = local // width
+    last = tl.minimum((group + 1) * width, COLS) - 1
+    center = tl.div_rn(_over_groups(mean, group, last), width.to(tl.float32))
+    apart = mean - center
+    return center, _over_groups(squares + apart * apart * pixels, group, last)
 
 
 @triton.jit
-def _merge(partial, first, end, num_parts, pixels_part, pixels, width, SLOTS: tl.constexpr, STEP: tl.constexpr):
-    """Mean and sum of squared deviations [SLOTS] of the groups first … end - 1, from their partial statistics.
+def _merge(partial, row, live, num_parts, pixels_part, pixels, width, STEP: tl.constexpr):
+    """Mean and sum of squared deviations of the groups whose partial statistics begin at partial + row.
 
     All of the at most STEP parts are read at once: the wait for them is paid once.
     """
-    group = first + tl.arange(0, SLOTS)
     part = tl.arange(0, STEP)
     known = part < num_parts
     count = tl.where(known, tl.minimum(pixels_part, pixels - part * pixels_part), 0).to(tl.float32)
-    pointers = partial + group[:, None] * 2 * num_parts + part[None, :]
-    mask = known[None, :] & (group < end)[:, None]
+    pointers = partial + row[:, None] + part[None, :]
+    mask = known[None, :] & live[:, None]
     means = tl.load(pointers, mask=mask, other=0.0)
     inner = tl.load(pointers + num_parts, mask=mask, other=0.0)
     mean = tl.div_rn(tl.sum(means * count[None, :], 1), pixels.to(tl.float32))
@@ -162,11 +160,69 @@ def _affine(weight, bias, addend, channels, live, has_weight, has_bias, has_adde
 
 
 @triton.jit
-def _finished(x, center, scale, shift, SILU: tl.constexpr):
-    y = (x - center) * scale + shift
+def _finished(away, scale, shift, SILU: tl.constexpr):
+    y = away * scale + shift
     if SILU:
         y = y / (1.0 + tl.exp(-y))
     return y
+
+
+@triton.jit
+def _normalise(
+    first, second, out, boundary, step_1, step_2, step_out, begin, end, channels, live, center, scale, shift,
+    SLOTS: tl.constexpr, UNROLL: tl.constexpr, TWO: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, UNROLL)[None, :, None] * SLOTS + tl.arange(0, SLOTS)[:, None, None]
+    columns = channels[None, None, :]
+    alive = live[None, None, :]
+    base, step = _source(first, second, boundary, step_1, step_2, columns, TWO)
+    for start in range(begin, end, UNROLL * SLOTS):
+        x = _load(base, step, start, rows, end, alive)
+        y = _finished(x - center[None, None, :], scale[None, None, :], shift[None, None, :], SILU)
+        pointers = out + start * step_out.to(tl.int64) + rows * step_out + columns
+        tl.store(pointers, y.to(out.dtype.element_ty), mask=(start + rows < end) & alive)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "boundary", "image_1", "image_2", "image_out", "step_1", "step_2", "step_out", "image_addend",
+        "has_weight", "has_bias", "has_addend", "pixels", "span",
+    ]
+)  # fmt: skip
+def normalise_held(
+    first, second, weight, bias, addend, out,
+    boundary, image_1, image_2, image_out, step_1, step_2, step_out, image_addend,
+    has_weight, has_bias, has_addend, pixels, span, eps,
+    ALIGN: tl.constexpr, TWO: tl.constexpr, SILU: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """All of it for one image of at most ROWS pixels and one group, of `span` channels.
+
+    Strides, boundary and span are in units of ALIGN elements: multiplying them here is what proves to the compiler that
+    eight elements share one mask and one 16-byte address.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    width = span * ALIGN
+    local = tl.arange(0, COLS)
+    live = local < width
+    channels = tl.program_id(0) * width + local
+    rows = tl.arange(0, ROWS)[:, None]
+    mask = (rows < pixels) & live[None, :]
+    base, step = _source(
+        first + image * image_1 * ALIGN, second + image * image_2 * ALIGN, boundary * ALIGN, step_1 * ALIGN,
+        step_2 * ALIGN, channels[None, :], TWO,
+    )  # fmt: skip
+    x = tl.load(base + rows * step, mask=mask, other=0.0).to(tl.float32)
+    gain, shift, extra = _affine(
+        weight, bias, addend + image * image_addend * ALIGN, channels, live, has_weight, has_bias, has_addend
+    )
+    count = (pixels * width).to(tl.float32)
+    # A constant moves the mean of its channel and nothing else: the addend costs no pass over the pixels.
+    mean = tl.div_rn(tl.sum(tl.sum(x, 0) + extra * pixels.to(tl.float32), 0), count)
+    away = tl.where(mask, x - (mean - extra)[None, :], 0.0)
+    variance = tl.sum(tl.sum(away * away, 0), 0) / count
+    y = _finished(away, (tl.rsqrt(variance + eps) * gain)[None, :], shift[None, :], SILU)
+    pointers = out + image * image_out * ALIGN + rows * (step_out * ALIGN) + channels[None, :]
+    tl.store(pointers, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -180,38 +236,35 @@ def normalise_whole(
     boundary, image_1, image_2, image_out, step_1, step_2, step_out, image_addend,
     has_weight, has_bias, has_addend, pixels, channels_total, span, width, eps,
     ALIGN: tl.constexpr, TWO: tl.constexpr, SILU: tl.constexpr,
-    COLS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    COLS: tl.constexpr, SLOTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """All of it for one image of at most ROWS pixels and the groups in `span` channels.
+    """All of it for one image and the groups in `span` channels.
 
     Strides, boundary, span and channels_total are in units of ALIGN elements: multiplying them here is what proves to
     the compiler that eight elements share one mask and one 16-byte address.  width: channels of a group.
     """
     image = tl.program_id(1).to(tl.int64)
+    local = tl.arange(0, COLS)
     low = tl.program_id(0) * span
-    channels = low * ALIGN + tl.arange(0, COLS)
+    channels = low * ALIGN + local
     live = channels < tl.minimum(low + span, channels_total) * ALIGN
-    rows = tl.arange(0, ROWS)[:, None]
-    mask = (rows < pixels) & live[None, :]
-    base, step = _source(
-        first + image * image_1 * ALIGN, second + image * image_2 * ALIGN, boundary * ALIGN, step_1 * ALIGN,
-        step_2 * ALIGN, channels[None, :], TWO,
-    )  # fmt: skip
-    x = tl.load(base + rows * step, mask=mask, other=0.0).to(tl.float32)
+    first += image * image_1 * ALIGN
+    second += image * image_2 * ALIGN
+    out += image * image_out * ALIGN
     gain, shift, extra = _affine(
         weight, bias, addend + image * image_addend * ALIGN, channels, live, has_weight, has_bias, has_addend
     )
-    members = _members(channels, live, low * ALIGN // width, width, GROUPS)
-    count = (pixels * width).to(tl.float32)
-    mean = tl.div_rn(_to_groups(tl.sum(x, 0) + extra * pixels.to(tl.float32), members, GROUPS), count)
+    mean, squares = _moments(
+        first, second, boundary * ALIGN, step_1 * ALIGN, step_2 * ALIGN, 0, pixels, channels, live,
+        COLS, SLOTS, UNROLL, TWO,
+    )  # fmt: skip
     # A constant moves the mean of its channel and nothing else: the addend costs no pass over the pixels.
-    center = _to_channels(mean, members, COLS, GROUPS) - extra
-    away = tl.where(mask, x - center[None, :], 0.0)
-    variance = _to_groups(tl.sum(away * away, 0), members, GROUPS) / count
-    scale = _to_channels(tl.rsqrt(variance + eps), members, COLS, GROUPS) * gain
-    y = _finished(away, 0.0, scale[None, :], shift[None, :], SILU)
-    pointers = out + image * image_out * ALIGN + rows * (step_out * ALIGN) + channels[None, :]
-    tl.store(pointers, y.to(out.dtype.element_ty), mask=mask)
+    center, apart = _groups(mean + extra, squares, pixels.to(tl.float32), local, width, COLS)
+    scale = tl.rsqrt(apart / (pixels.to(tl.float32) * width) + eps) * gain
+    _normalise(
+        first, second, out, boundary * ALIGN, step_1 * ALIGN, step_2 * ALIGN, step_out * ALIGN, 0, pixels,
+        channels, live, center - extra, scale, shift, SLOTS, UNROLL, TWO, SILU,
+    )  # fmt: skip
 
 
 @triton.jit(
@@ -225,14 +278,16 @@ def partial_statistics(
     boundary, image_1, image_2, step_1, step_2, image_addend, has_addend,
     pixels, channels_total, span, width, groups, num_parts, pixels_part,
     ALIGN: tl.constexpr, TWO: tl.constexpr,
-    COLS: tl.constexpr, SLOTS: tl.constexpr, UNROLL: tl.constexpr, GROUPS: tl.constexpr,
+    COLS: tl.constexpr, SLOTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the groups in `span` channels over one part of the pixels -> partial[image, group, 2, part]."""
     image = tl.program_id(1).to(tl.int64)
     spans = tl.cdiv(channels_total, span)
     part = tl.program_id(0) // spans
-    low = tl.program_id(0) % spans * span
-    channels = low * ALIGN + tl.arange(0, COLS)
+    bundle = tl.program_id(0) % spans
+    local = tl.arange(0, COLS)
+    low = bundle * span
+    channels = low * ALIGN + local
     live = channels < tl.minimum(low + span, channels_total) * ALIGN
     extra = tl.load(
         addend + image * image_addend * ALIGN + channels, mask=live & (has_addend != 0), other=0.0
@@ -243,25 +298,20 @@ def partial_statistics(
         first + image * image_1 * ALIGN, second + image * image_2 * ALIGN, boundary * ALIGN,
         step_1 * ALIGN, step_2 * ALIGN, begin, end, channels, live, COLS, SLOTS, UNROLL, TWO,
     )  # fmt: skip
-    group = low * ALIGN // width
-    members = _members(channels, live, group, width, GROUPS)
-    # A constant moves the mean of its channel and nothing else: the addend costs no pass over the pixels.
-    mean += extra
-    center = tl.div_rn(_to_groups(mean, members, GROUPS), width.to(tl.float32))
-    apart = mean - _to_channels(center, members, COLS, GROUPS)
-    squares = _to_groups(squares + apart * apart * (end - begin).to(tl.float32), members, GROUPS)
-    slot = tl.arange(0, GROUPS)
-    known = (slot * width < span * ALIGN) & (group + slot < groups)
-    pointers = partial + (image * groups + group + slot) * 2 * num_parts + part
+    center, apart = _groups(mean + extra, squares, (end - begin).to(tl.float32), local, width, COLS)
+    group = channels // width
+    known = live & (local % width == 0)
+    pointers = partial + (image * groups + group) * 2 * num_parts + part
     tl.store(pointers, center, mask=known)
-    tl.store(pointers + num_parts, squares, mask=known)
+    tl.store(pointers + num_parts, apart, mask=known)
 
 
 @triton.jit(do_not_specialize=["num_parts", "pixels_part", "pixels", "width"])
 def finish_statistics(partial, merged, num_parts, pixels_part, pixels, width, STEP: tl.constexpr):
     """partial[image·group, 2, part] -> merged[image·group, 2], one program each."""
     index = tl.program_id(0).to(tl.int64)
-    mean, squares = _merge(partial, index, index + 1, num_parts, pixels_part, pixels, width, 1, STEP)
+    row = index * 2 * num_parts + tl.arange(0, 1)
+    mean, squares = _merge(partial, row, row >= 0, num_parts, pixels_part, pixels, width, STEP)
     pointers = merged + index * 2 + tl.arange(0, 1)
     tl.store(pointers, mean)
     tl.store(pointers + 1, squares)
@@ -270,90 +320,60 @@ def finish_statistics(partial, merged, num_parts, pixels_part, pixels, width, ST
 @triton.jit(
     do_not_specialize=[
         "boundary", "image_1", "image_2", "image_out", "step_1", "step_2", "step_out", "image_addend",
-        "has_weight", "has_bias", "has_addend", "pixels", "channels_total", "span", "width", "groups",
+        "has_weight", "has_bias", "has_addend", "pixels", "channels_total", "width", "groups",
         "num_parts", "pixels_part", "num_tiles", "pixels_tile",
     ]
 )  # fmt: skip
 def normalise_tile(
     first, second, weight, bias, addend, partial, out,
     boundary, image_1, image_2, image_out, step_1, step_2, step_out, image_addend,
-    has_weight, has_bias, has_addend, pixels, channels_total, span, width, groups,
+    has_weight, has_bias, has_addend, pixels, channels_total, width, groups,
     num_parts, pixels_part, num_tiles, pixels_tile, eps,
     ALIGN: tl.constexpr, TWO: tl.constexpr, SILU: tl.constexpr,
-    COLS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.constexpr,
+    COLS: tl.constexpr, SLOTS: tl.constexpr, UNROLL: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Merge the partial statistics of the groups in `span` channels, then normalise one tile of the pixels."""
+    """Merge the partial statistics of the groups in COLS channels, then normalise one tile of the pixels."""
     # Backwards through images and pixels: what the statistics read last is still in the second-level cache.
     image = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
-    spans = tl.cdiv(channels_total, span)
-    begin = (num_tiles - 1 - tl.program_id(0) // spans) * pixels_tile
-    end = tl.minimum(begin + pixels_tile, pixels)
-    low = tl.program_id(0) % spans * span
-    channels = low * ALIGN + tl.arange(0, COLS)
-    live = channels < tl.minimum(low + span, channels_total) * ALIGN
-    rows = tl.arange(0, ROWS)[:, None]
-    alive = live[None, :]
-    base, step = _source(
-        first + image * image_1 * ALIGN, second + image * image_2 * ALIGN, boundary * ALIGN, step_1 * ALIGN,
-        step_2 * ALIGN, channels[None, :], TWO,
-    )  # fmt: skip
-    # The first pixels are on the way while the statistics are merged.
-    x = _load(base, step, begin, rows, end, alive)
+    blocks = tl.cdiv(channels_total * ALIGN, COLS)
+    tile = num_tiles - 1 - tl.program_id(0) // blocks
+    channels = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
+    live = channels < channels_total * ALIGN
     gain, shift, extra = _affine(
         weight, bias, addend + image * image_addend * ALIGN, channels, live, has_weight, has_bias, has_addend
     )
-    group = low * ALIGN // width
-    mean, squares = _merge(
-        partial + image * groups * 2 * num_parts, group, tl.minimum(tl.cdiv((low + span) * ALIGN, width), groups),
-        num_parts, pixels_part, pixels, width, GROUPS, STEP,
+    row = (image * groups + channels // width) * 2 * num_parts
+    mean, squares = _merge(partial, row, live, num_parts, pixels_part, pixels, width, STEP)
+    scale = tl.rsqrt(squares / (pixels.to(tl.float32) * width) + eps) * gain
+    begin = tile * pixels_tile
+    _normalise(
+        first + image * image_1 * ALIGN, second + image * image_2 * ALIGN, out + image * image_out * ALIGN,
+        boundary * ALIGN, step_1 * ALIGN, step_2 * ALIGN, step_out * ALIGN,
+        begin, tl.minimum(begin + pixels_tile, pixels), channels, live, mean - extra, scale, shift,
+        SLOTS, UNROLL, TWO, SILU,
     )  # fmt: skip
-    members = _members(channels, live, group, width, GROUPS)
-    center = (_to_channels(mean, members, COLS, GROUPS) - extra)[None, :]
-    rstd = tl.rsqrt(squares / (pixels.to(tl.float32) * width) + eps)
-    scale = (_to_channels(rstd, members, COLS, GROUPS) * gain)[None, :]
-    for start in range(begin, end, ROWS):
-        following = _load(base, step, start + ROWS, rows, end, alive)
-        y = _finished(x.to(tl.float32), center, scale, shift[None, :], SILU)
-        pointers = out + image * image_out * ALIGN + channels[None, :]
-        pointers += start * (step_out.to(tl.int64) * ALIGN) + rows * (step_out * ALIGN)
-        tl.store(pointers, y.to(out.dtype.element_ty), mask=(start + rows < end) & alive)
-        x = following
 
 
 # ------------------------------------------------------------------------------------------------- launch parameters
 @dataclass(frozen=True)
-class Whole:
-    """One program holds up to `groups` groups in up to `cols` channels, and up to `pixels` pixels."""
+class Held:
+    """One program holds one group, of more than half and up to all of `cols` channels, and up to `pixels` pixels."""
 
     cols: int
     pixels: int
-    groups: int
     num_warps: int
-
-
-def _slots(cols: int) -> int:
-    """Groups that a program tells apart: down to 4 channels a group, as long as the matrix of members is small."""
-    return min(cols // 4, 8192 // cols)
 
 
 @dataclass(frozen=True)
-class Split:
-    """Statistics over up to `cols` channels and a part of the pixels, then a second kernel over `apply_cols`.
+class Whole:
+    """One program holds the groups in up to `cols` channels and walks through the pixels.
 
-    unroll    16-byte loads that a thread has in flight
-    programs  how many programs each kernel aims at, ≤ FINISH: few long ones merge less, many short ones balance better
+    unroll  16-byte loads that a thread has in flight
     """
 
     cols: int
-    apply_cols: int
     unroll: int
     num_warps: int
-    programs: int = 264
-
-    @property
-    def groups(self) -> int:
-        """Groups in one program of the first kernel, at most."""
-        return _slots(self.cols)
 
     def slots(self, cols: int) -> int:
         """Pixels that one load of all threads covers."""
@@ -363,23 +383,29 @@ class Split:
         """Pixels that a thread holds at once: half as many in f32, where one takes two loads."""
         return max(1, 2 * self.unroll // itemsize)
 
-    def rows(self, cols: int, itemsize: int) -> int:
-        """Pixels that a program holds at once."""
-        return self.slots(cols) * self.depth(itemsize)
+
+@dataclass(frozen=True)
+class Split(Whole):
+    """Statistics over `cols` channels and a part of the pixels, then a second kernel over tiles of `apply_cols`.
+
+    programs  how many programs each kernel aims at: few long ones merge less, many short ones balance better
+    """
+
+    apply_cols: int = 64
+    programs: int = 264
 
 
-Parameters = Whole | Split
+Parameters = Held | Whole
 
-WHOLE = (
-    Whole(64, 64, 1, 4), Whole(64, 256, 1, 8), Whole(64, 64, 16, 4), Whole(64, 256, 16, 8),
-    Whole(128, 64, 1, 8), Whole(128, 256, 1, 16), Whole(128, 256, 32, 16),
-)  # fmt: skip
-SPLIT = (Split(128, 64, 4, 8), Split(128, 64, 4, 8, programs=528), Split(1024, 64, 2, 8))
-PARAMETERS: tuple[Parameters, ...] = WHOLE + SPLIT
+
+HELD = (Held(64, 64, 4), Held(64, 256, 8), Held(128, 64, 8))
+WHOLE = (Whole(64, 4, 8), Whole(128, 4, 8))
+SPLIT = (Split(128, 4, 8), Split(64, 4, 4, programs=528), Split(1024, 2, 8))
+PARAMETERS: tuple[Parameters, ...] = HELD + WHOLE + SPLIT
 """64 columns hold one group of 40 channels, two of 20 or four of 10; 128 hold 120 of SD1.5's and SDXL's channels, or
 all of a VAE's last level.  The widest is for groups of more than 128 channels."""
 
-GENERAL = (Split(128, 64, 1, 4), Split(1024, 64, 1, 8))
+GENERAL = (Split(128, 1, 4), Split(1024, 1, 8))
 """What takes the place of these where channels or strides are no multiples of 8 elements: right, not fast."""
 
 
@@ -388,14 +414,21 @@ MODES = ((False, False), (False, True), (True, True))
 
 
 @functools.cache
+def _held_form(dtype: torch.dtype, p: Held, two: bool, silu: bool) -> Variant:
+    constants = dict(ALIGN=ALIGN, TWO=two, SILU=silu, COLS=p.cols, ROWS=p.pixels)
+    return Variant(normalise_held, (dtype,) * 6 + (1,) * 13 + (1.0,), constants, p.num_warps, 1)
+
+
+@functools.cache
 def _whole_form(dtype: torch.dtype, p: Whole, two: bool, silu: bool) -> Variant:
-    constants = dict(ALIGN=ALIGN, TWO=two, SILU=silu, COLS=p.cols, ROWS=p.pixels, GROUPS=p.groups)
+    tile = dict(COLS=p.cols, SLOTS=p.slots(p.cols), UNROLL=p.depth(dtype.itemsize))
+    constants = dict(ALIGN=ALIGN, TWO=two, SILU=silu) | tile
     return Variant(normalise_whole, (dtype,) * 6 + (1,) * 15 + (1.0,), constants, p.num_warps, 1)
 
 
 @functools.cache
 def _partial_form(dtype: torch.dtype, p: Split, align: int, two: bool) -> Variant:
-    tile = dict(COLS=p.cols, SLOTS=p.slots(p.cols), UNROLL=p.depth(dtype.itemsize), GROUPS=p.groups)
+    tile = dict(COLS=p.cols, SLOTS=p.slots(p.cols), UNROLL=p.depth(dtype.itemsize))
     arguments = (dtype,) * 3 + (torch.float32,) + (1,) * 14
     return Variant(partial_statistics, arguments, dict(ALIGN=align, TWO=two) | tile, p.num_warps, 1)
 
@@ -407,8 +440,8 @@ def _finish_form() -> Variant:
 
 @functools.cache
 def _tile_form(dtype: torch.dtype, p: Split, align: int, two: bool, silu: bool) -> Variant:
-    tile = dict(COLS=p.apply_cols, ROWS=p.rows(p.apply_cols, dtype.itemsize), GROUPS=_slots(p.apply_cols), STEP=MERGE)
-    arguments = (dtype,) * 5 + (torch.float32, dtype) + (1,) * 20 + (1.0,)
+    tile = dict(COLS=p.apply_cols, SLOTS=p.slots(p.apply_cols), UNROLL=p.depth(dtype.itemsize), STEP=MERGE)
+    arguments = (dtype,) * 5 + (torch.float32, dtype) + (1,) * 19 + (1.0,)
     return Variant(normalise_tile, arguments, dict(ALIGN=align, TWO=two, SILU=silu) | tile, p.num_warps, 1)
 
 
@@ -416,6 +449,7 @@ def variants(dtype: torch.dtype) -> Iterator[Variant]:
     """Every form that the calls of this file launch with tensors of `dtype`."""
     forms = [_finish_form()]
     for two, silu in MODES:
+        forms += [_held_form(dtype, p, two, silu) for p in HELD]
         forms += [_whole_form(dtype, p, two, silu) for p in WHOLE]
         for align, split in ((ALIGN, SPLIT), (1, GENERAL)):
             for p in split:
@@ -492,16 +526,10 @@ def _shape_reason(
 
 def _count(width: int, groups: int, p: Parameters, align: int) -> int:
     """Groups in one program: as many as fit of which each bundle begins at a multiple of `align` channels; or 0."""
+    if isinstance(p, Held):
+        return int(width % ALIGN == 0 and p.cols // 2 < width <= p.cols)
     unit = align // math.gcd(align, width)
-    return min(p.cols // width, p.groups, groups) // unit * unit
-
-
-def _apply_span(width: int, p: Split, align: int) -> int:
-    """Channels in one program of the second kernel: all of its columns, unless groups are too many for that."""
-    cols, slots = p.apply_cols, _slots(p.apply_cols)
-    touched = cols // width if cols % width == 0 else (cols - 2) // width + 2
-    unit = align // math.gcd(align, width)
-    return cols if touched <= slots else max(slots // unit * unit, 1) * width
+    return min(p.cols // width, groups) // unit * unit
 
 
 def _general(width: int) -> Split:
@@ -547,7 +575,7 @@ def _work(
     count = _count(width, groups, parameters, align)
     if not count:
         return f"groups of {width} channels do not fit {parameters.cols} columns"
-    if isinstance(parameters, Whole) and pixels > parameters.pixels:
+    if isinstance(parameters, Held) and pixels > parameters.pixels:
         return f"{pixels} pixels do not fit the registers of {parameters}"
     if align == 1 and max(strides) > _INT32:
         return f"strides {strides} are too large for rows that are no multiple of {ALIGN} elements"
@@ -612,11 +640,15 @@ def launches_of(
     strides = (*reading, work.out.image // a, *steps, work.out.step // a, extra)
     total, span = work.channels // a, work.bundle * width // a
     spans = -(-total // span)
-    if isinstance(p, Whole):
+    if isinstance(p, Held):
+        arguments = (x, second, *vectors, out, *strides, *has, work.pixels, span, eps)
+        return (Launch(_held_form(x.dtype, p, two, silu), (spans, work.batch), arguments),)
+    if not isinstance(p, Split):
         arguments = (x, second, *vectors, out, *strides, *has, work.pixels, total, span, width, eps)
         return (Launch(_whole_form(x.dtype, p, two, silu), (spans, work.batch), arguments),)
 
-    num, part = _parts(work.pixels, p.programs, work.batch * spans, p.rows(p.cols, x.element_size()))
+    depth = p.depth(x.element_size())
+    num, part = _parts(work.pixels, p.programs, work.batch * spans, p.slots(p.cols) * depth)
     partial = torch.empty((work.batch, groups, 2, num), dtype=torch.float32, device=x.device)
     arguments = (x, second, vectors[2], partial, *reading, *steps, extra, has[2])
     arguments += (work.pixels, total, span, width, groups, num, part)
@@ -626,12 +658,11 @@ def launches_of(
         given = (partial, merged, num, part, work.pixels, width)
         launches.append(Launch(_finish_form(), (work.batch * groups,), given))
         partial, num, part = merged, 1, work.pixels
-    span = _apply_span(width, p, a) // a
-    spans = -(-total // span)
-    tiles, tile = _parts(work.pixels, 2 * p.programs, work.batch * spans, p.rows(p.apply_cols, x.element_size()))
-    arguments = (x, second, *vectors, partial, out, *strides, *has, work.pixels, total, span, width, groups)
+    blocks = -(-work.channels // p.apply_cols)
+    tiles, tile = _parts(work.pixels, p.programs, work.batch * blocks, p.slots(p.apply_cols) * depth)
+    arguments = (x, second, *vectors, partial, out, *strides, *has, work.pixels, total, width, groups)
     arguments += (num, part, tiles, tile, eps)
-    launches.append(Launch(_tile_form(x.dtype, p, a, two, silu), (tiles * spans, work.batch), arguments))
+    launches.append(Launch(_tile_form(x.dtype, p, a, two, silu), (tiles * blocks, work.batch), arguments))
     return tuple(launches)
 
 
@@ -713,7 +744,14 @@ def group_norm_silu_cat(
 
 # ------------------------------------------------------------------------------------------------------------ choice
 def estimate_us(
-    batch: int, channels: int, pixels: int, groups: int, itemsize: int, parameters: Parameters, device: Device
+    batch: int,
+    channels: int,
+    pixels: int,
+    groups: int,
+    itemsize: int,
+    parameters: Parameters,
+    device: Device,
+    silu: bool = True,
 ) -> float:
     """Time of one call: launches, then rounds of programs over the multiprocessors, never faster than the bytes.
 
@@ -721,21 +759,25 @@ def estimate_us(
     """
     p, width = parameters, channels // groups
     count = _count(width, groups, p, ALIGN) or _count(width, groups, p, 1)
-    if not count or (isinstance(p, Whole) and pixels > p.pixels):
+    if not count or (isinstance(p, Held) and pixels > p.pixels):
         return math.inf
     num_bytes, spans = batch * channels * pixels * itemsize, -(-groups // count)
     in_cache, in_memory = EFFICIENCY
     fits = 2 * num_bytes <= device.l2_bytes
     rate = 1e6 * (device.l2_tbs * in_cache if fits else device.memory_tbs * in_memory)  # bytes per µs
-    if isinstance(p, Whole):
-        rounds = -(-batch * spans // device.num_sms)
-        work = rounds * p.cols * p.pixels / 1024 * VALUES_US
-        exchanges = LATENCY_US * (1.0 if p.groups == 1 else 1.4)
-        return LAUNCH_US + exchanges + max(work, 2 * num_bytes / rate)
-    num, _ = _parts(pixels, p.programs, batch * spans, p.rows(p.cols, itemsize))
-    # Fewer programs than this leave multiprocessors without loads in flight.
-    idle = max(1.0, 2 * device.num_sms / (batch * spans * num))
-    return (2 + (num > MERGE)) * (LAUNCH_US + LATENCY_US) + (idle + 2) * num_bytes / rate
+    rounds = -(-batch * spans // device.num_sms)
+    if isinstance(p, Held):
+        return LAUNCH_US + max(rounds * p.cols * p.pixels / 1024 * HELD_US[silu], 2 * num_bytes / rate)
+    tile = p.slots(p.cols) * p.depth(itemsize)
+    if not isinstance(p, Split):
+        walk = rounds * -(-pixels // tile) * STEP_US[silu]
+        return LAUNCH_US + SCAN_US * p.cols + max(walk, 3 * num_bytes / rate)
+    num, _ = _parts(pixels, p.programs, batch * spans, tile)
+    finish = LAUNCH_US if num > MERGE else 0.0
+    # Lanes beyond the groups of a program are idle while it reads for the statistics.
+    reads = 2 + p.cols / (count * width)
+    latency = SCAN_US * p.cols + MERGE_US * min(num, MERGE)
+    return 2 * (LAUNCH_US + PASS_US) + finish + latency + reads * num_bytes / rate
 
 
 def candidates(
@@ -743,12 +785,15 @@ def candidates(
 ) -> list[Parameters]:
     """The parameters that can take these sizes, without those that are never the best for them."""
     width = channels // groups
-    align = ALIGN if channels % ALIGN == 0 else 1
-    fit = [p for p in PARAMETERS if _count(width, groups, p, align)]
-    whole = [p for p in fit if isinstance(p, Whole) and pixels <= p.pixels] if align == ALIGN else []
-    # Telling groups apart costs exchanges between threads, pixels that are not there cost registers and time.
-    whole = [p for p in whole if p.groups == 1 or _count(width, groups, p, align) > 1]
-    least = min((p.pixels for p in whole), default=None)
-    split = [p for p in fit or SPLIT if isinstance(p, Split) and (least is None or pixels > 64)]
-    narrow = [p for p in split if p.cols <= 128] or split
-    return [p for p in whole if p.pixels == least] + narrow
+    fit = [p for p in PARAMETERS if channels % ALIGN == 0 and _count(width, groups, p, ALIGN)]
+    if not fit:
+        return [SPLIT[-1]]  # in whose place the general form runs
+    held = [p for p in fit if isinstance(p, Held) and pixels <= p.pixels]
+    walking = [p for p in fit if isinstance(p, Whole)]
+    narrow = [p for p in walking if p.cols <= 128] or walking
+    # Neither a program that walks through a megabyte alone, nor two kernels for what one program reads in a step.
+    most = (1 << 20) // (pixels * itemsize) if pixels else 0
+    sane = [
+        p for p in narrow if (pixels > 256 if isinstance(p, Split) else _count(width, groups, p, ALIGN) * width <= most)
+    ]
+    return held[:1] + (sane or narrow)
