@@ -121,8 +121,23 @@ def _product(name: str) -> Callable[[Sequence[Any], Device], Iterator[Candidate]
     def candidates(arguments: Sequence[Any], device: Device) -> Iterator[Candidate]:
         for c in products.candidates(name, arguments, device):
             yield Candidate(c.name, _with(c.call, c.parameters), c.estimate_us)
+        yield from _hopper(name, arguments, device)
 
     return candidates
+
+
+def _hopper(name: str, arguments: Sequence[Any], device: Device) -> Iterator[Candidate]:
+    """Our kernels for one generation, imported only there: they are written in Gluon."""
+    if device.arch != 90:
+        return
+    from .kernels.hopper import convolution as hopper
+
+    problem_of = hopper.PROBLEMS.get(name)
+    problem = problem_of(*arguments) if problem_of else ""
+    if isinstance(problem, str):
+        return
+    for tile in hopper.candidates(problem, device):
+        yield Candidate(tile.name, _with(getattr(hopper, name), tile), hopper.estimate_us(problem, tile, device))
 
 
 def _convolution(
@@ -149,6 +164,7 @@ def _conv2d(arguments: Sequence[Any], device: Device) -> Iterator[Candidate]:
     if isinstance(padding, str):
         return
     yield from _convolution(convolution.conv2d, (x, weight, bias, stride, padding, dilation), device, groups=groups)
+    yield from _hopper("conv2d", arguments, device)
 
 
 _CONV2D_DEFAULTS = (None, None, None, (1, 1), (0, 0), (1, 1), 1)

@@ -15,22 +15,35 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from .device import Device, nearest
+from .device import Device, device_of, nearest
 from .kernels.variant import ARCHES, Variant
+
+if TYPE_CHECKING:
+    from .kernels.hopper.form import Form
+
+    Compilable: TypeAlias = Variant | Form
 
 MODULES = ("attention", "convolution", "group_norm", "layer_norm", "linear", "upsampling")
 """Files under kernels/ with `variants(dtype)`; what they share with others is yielded there too."""
 
+HOPPER_MODULES = ("hopper.convolution",)
+"""The same for one generation only: imported only for it, since these are written in Gluon."""
 
-def every_variant(dtypes: Iterable[torch.dtype], modules: Sequence[str] = MODULES) -> list[Variant]:
+
+def modules_of(arch: int) -> tuple[str, ...]:
+    """Modules whose forms a GPU of this compute capability may ask for."""
+    return MODULES + (HOPPER_MODULES if arch == 90 else ())
+
+
+def every_variant(dtypes: Iterable[torch.dtype], modules: Sequence[str] = MODULES) -> list[Compilable]:
     """All forms that calls in these dtypes may ask for, each once."""
-    found: dict[str, Variant] = {}
+    found: dict[str, Compilable] = {}
     for dtype in dtypes:
         for name in modules:
             module = import_module(f".kernels.{name}", __package__)
@@ -38,18 +51,18 @@ def every_variant(dtypes: Iterable[torch.dtype], modules: Sequence[str] = MODULE
     return list(found.values())
 
 
-def one_of_each(variants: Sequence[Variant]) -> list[Variant]:
+def one_of_each(variants: Sequence[Compilable]) -> list[Compilable]:
     """The last form of each kernel: files list the forms that want much shared memory first."""
     return list({v.kernel.__name__: v for v in variants}.values())
 
 
-def warm_up(variants: Sequence[Variant]) -> Iterator[str | None]:
+def warm_up(variants: Sequence[Compilable]) -> Iterator[str | None]:
     """Compile for the GPU at hand, on all cores: Triton's compiler runs outside of Python's lock most of the time.
 
     yields  for each form what went wrong, or None
     """
 
-    def one(variant: Variant) -> str | None:
+    def one(variant: Compilable) -> str | None:
         try:
             variant.warm_up()
         except Exception as error:  # the compiler raises anything; the other forms may do
@@ -68,7 +81,7 @@ def ensure(dtype: torch.dtype, device: Device, cache_dir: Path | None) -> None:
     if (dtype, device.arch) in _ensured:
         return
     _ensured.add((dtype, device.arch))
-    variants = every_variant([dtype])
+    variants = every_variant([dtype], modules_of(device.arch))
     done = cache_dir / "kernels" / f"{_digest(variants, device)}.txt" if cache_dir else None
     if done is not None and done.exists():
         return
@@ -83,7 +96,7 @@ def ensure(dtype: torch.dtype, device: Device, cache_dir: Path | None) -> None:
 _ensured: set[tuple[torch.dtype, int]] = set()
 
 
-def _digest(variants: Sequence[Variant], device: Device) -> str:
+def _digest(variants: Sequence[Compilable], device: Device) -> str:
     import triton
 
     kernels = {v.kernel.__name__: v.kernel.cache_key for v in variants}
@@ -99,7 +112,7 @@ class Checked:
     error         what the compiler said, or None
     """
 
-    variant: Variant
+    variant: Compilable
     arch: int
     shared_bytes: int
     error: str | None
@@ -113,7 +126,7 @@ class Checked:
         return f"sm_{self.arch} {self.variant.name}: {self.error or f'{self.shared_bytes} bytes of shared memory'}"
 
 
-def check(variant: Variant, arch: int) -> Checked:
+def check(variant: Compilable, arch: int) -> Checked:
     """Compile for a GPU that need not be here."""
     try:
         compiled: Any = variant.compile_for(arch)
@@ -134,19 +147,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=ARCHES, help="compute capability × 10; repeatable")
     parser.add_argument("--dtype", action="append", choices=("float16", "bfloat16", "float32"), help="default float16")
-    parser.add_argument("--module", action="append", choices=MODULES, help="kernels of one file only")
+    parser.add_argument("--module", action="append", choices=MODULES + HOPPER_MODULES, help="kernels of one file only")
     parser.add_argument("--sample", action="store_true", help="one form of each kernel")
     given = parser.parse_args(arguments)
     dtypes = [getattr(torch, name) for name in given.dtype or ["float16"]]
-    variants = every_variant(dtypes, given.module or MODULES)
-    if given.sample:
-        variants = one_of_each(variants)
+
+    def of(arch: int) -> list[Compilable]:
+        allowed = modules_of(arch)
+        found = every_variant(dtypes, [m for m in given.module or allowed if m in allowed])
+        return one_of_each(found) if given.sample else found
+
     if not given.arch:
+        variants = of(device_of(torch.cuda.current_device()).arch)
         failed = [text for text in track(warm_up(variants), "compiling", len(variants)) if text]
         print("\n".join([*failed, f"{len(variants)} forms compiled, {len(failed)} failed"]))
         return 1 if failed else 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        checked = list(pool.map(lambda pair: check(*pair), [(v, a) for a in given.arch for v in variants]))
+        checked = list(pool.map(lambda pair: check(*pair), [(v, a) for a in given.arch for v in of(a)]))
     wrong = problems(checked)
     large = sum(not c.fits for c in checked)
     print("\n".join([*wrong, f"{len(checked)} compiled, {len(wrong)} problems, {large} too large for their GPU"]))
