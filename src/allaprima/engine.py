@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import __version__, record
-from .backends import preferred
+from .backends import preferred, prepare
 from .capture import (
     Call,
     CallReader,
@@ -234,6 +234,8 @@ class Engine:
         """The program for a call and the call's sizes.  raises CaptureError where there can be none."""
         runners = self._runners.get(key)
         if runners is None:
+            device, dtype = _placement(self.module)
+            prepare(self.config, dtype, device)  # it goes on while the module is captured
             runners = self._runners[key] = [self._prepare(g) for g in self._stored(key)]
         fitting = [(r, s) for r in runners if isinstance(s := bind_symbols(r.program.symbols, call.tensors), dict)]
         for runner, symbols in fitting:

@@ -25,6 +25,23 @@ def preferred(config: Config, device: torch.device) -> tuple[str, str]:
     return ("aten", reason) if reason else ("openvino", "")
 
 
+def prepare(config: Config, dtype: torch.dtype, device: torch.device) -> None:
+    """Set going beside this process what a backend needs once a machine and what takes long."""
+    if device.type == "cuda" and preferred(config, device)[0] == "cuda":
+        from .cuda import warming
+        from .cuda.device import device_of
+
+        warming.ready(dtype, device_of(device.index or 0))
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what `prepare` set going: for measurements, which should not be taken beside it."""
+    if device.type == "cuda":
+        from .cuda import warming
+
+        warming.wait()
+
+
 def _no_triton(device: torch.device) -> str | None:
     """Why our kernels cannot run on a GPU, in words; None where they can."""
     major, minor = torch.cuda.get_device_capability(device)

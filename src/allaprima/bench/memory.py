@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ..backends import settle
+
 
 def peak_bytes(device: str | torch.device = "cpu") -> int:
     """The most held at once since `reset_peak`: reserved by torch on CUDA, resident in this process on the CPU."""
@@ -93,6 +95,7 @@ def measure_here(request: Request, calls: int = 3) -> Peaks:
     call = WORKLOADS[case.what].cycle(pipe, case)
     call()
     building = peak_bytes(request.device)
+    settle(torch.device(request.device))
     reset_peak(request.device)
     for _ in range(calls):
         call()

@@ -25,6 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import ops
+from ..backends import settle
 from ..backends.cuda.choose import OPERATORS, Candidate, Choice, Form
 from ..backends.cuda.device import Device
 from ..backends.cuda.plan import Plan, Slot
@@ -118,7 +119,10 @@ def plans_of(pipe: Any, points: Sequence[Case]) -> Iterator[tuple[Case, list[Pla
     for case in points:
         own = aliased(pipe)
         optimize(own, Config(cache_dir=None, cuda_graphs=False))
-        WORKLOADS[case.what].cycle(own, case)()
+        call = WORKLOADS[case.what].cycle(own, case)
+        call()
+        settle(own.device)
+        call()
         runners = [r for engine in engines(own).values() for r in engine.runners()]
         steps = [r.executables[Time.STEP] for r in runners if Time.STEP in r.executables]
         yield case, [plan for executable in steps for plan in getattr(executable, "plans", [])]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ..backends import settle
 from ..backends.cuda.device import Device
 from ..backends.cuda.plan import Launch, Plan
 from ..stage import Time
@@ -56,8 +57,9 @@ def profiled(pipe: Any, case: Case, device: Device) -> list[Row]:
     own = aliased(pipe)
     optimize(own, Config(cache_dir=None, cuda_graphs=False))
     call = WORKLOADS[case.what].cycle(own, case)
-    for _ in range(2):
-        call()
+    call()
+    settle(own.device)
+    call()
     runners = [r for engine in engines(own).values() for r in engine.runners()]
     steps = [r.executables[Time.STEP] for r in runners if Time.STEP in r.executables]
     plans: list[Plan] = [plan for executable in steps for plan in getattr(executable, "plans", [])]

@@ -40,6 +40,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_compiled() -> None:
+    """On a GPU; until they are, stages run on ATen."""
+    if torch.cuda.is_available():
+        from allaprima.backends.cuda import warming
+        from allaprima.backends.cuda.device import device_of
+
+        warming.ready(torch.float16, device_of(0))
+        warming.wait()
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -74,5 +74,5 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executable, "pool_of", lambda index: pool)
     monkeypatch.setattr(graphs, "pool_of", lambda index: pool)
     monkeypatch.setattr("allaprima.runner.stays_in_place", lambda device: True)
-    monkeypatch.setattr(executable, "ensure", lambda *given: None)
+    monkeypatch.setattr(executable, "ready", lambda *given: True)
     monkeypatch.setattr(plan, "choose", lambda *call: None)

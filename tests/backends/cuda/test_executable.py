@@ -384,6 +384,20 @@ def test_a_kernel_that_cannot_run_leaves_the_stage_to_aten(
     assert not torch.equal(made, first)
 
 
+def test_until_the_kernels_are_compiled_it_runs_on_aten(pipe: Any, ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = False
+    monkeypatch.setattr("allaprima.backends.cuda.executable.ready", lambda *asked: compiled)
+    sample, prompt = inputs()
+    times = timesteps(ours)
+    for t in times[:2]:
+        assert_right(step(ours, sample, t, prompt), step(pipe, sample, t, prompt))
+    assert not executable(ours).plans
+    compiled = True
+    for t in times[2:4]:
+        assert_right(step(ours, sample, t, prompt), step(pipe, sample, t, prompt))
+    assert len(executable(ours).plans) == 1
+
+
 def test_out_of_memory_is_no_reason_to_give_up(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -17,10 +17,10 @@ from ...errors import is_out_of_memory
 from ...graph import Graph
 from ..aten import AtenExecutable
 from ..base import INPUT_ROLES
-from .compile import ensure
 from .device import Device, device_of
 from .graphs import GraphPool, pool_of
 from .plan import Plan, arguments_of, lower
+from .warming import ready
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that the kernels compute in."""
@@ -30,6 +30,8 @@ _numbers = itertools.count()
 
 class CudaExecutable:
     """A stage as plans of kernels, each replayed as a CUDA graph once its size has come twice.
+
+    Until the kernels are compiled, which happens once a machine, it runs on ATen.
 
     graph     what it computes
     volatile  names of the inputs that come from the caller: they are copied to the graph's own tensors.  The others are
@@ -49,6 +51,7 @@ class CudaExecutable:
         self._number = next(_numbers)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._unrecorded: str | None = None
+        self._ready = False
         self._instead: AtenExecutable | None = None
         self.failed: str | None = None
         self.records = 0
@@ -64,10 +67,11 @@ class CudaExecutable:
         self._places = places
         if self._instead is not None:
             self._instead.bind(weights)
+        self._compiled()
 
     def run(self, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
-        if self._instead is not None:
-            return self._instead.run(inputs)
+        if self.failed or not self._compiled():
+            return self._on_aten().run(inputs)
         key = tuple((v.shape, v.dtype, v.stride()) if isinstance(v, torch.Tensor) else v for v in inputs)
         plan = self._plans.get(key)
         if plan is None:
@@ -95,9 +99,23 @@ class CudaExecutable:
     def _pool(self) -> GraphPool:
         return pool_of(self._index)
 
+    def _compiled(self) -> bool:
+        """Whether the kernels are there."""
+        if not self._ready:
+            dtypes = {w.dtype for w in self._weights.values() if w.dtype in COMPUTED}
+            asked = [ready(dtype, self._device) for dtype in dtypes]
+            self._ready = all(asked)
+            if self._ready:
+                self._instead = None
+        return self._ready
+
+    def _on_aten(self) -> AtenExecutable:
+        if self._instead is None:
+            self._instead = AtenExecutable(self.graph)
+            self._instead.bind(self._weights)
+        return self._instead
+
     def _first(self, key: Any, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
-        for dtype in {w.dtype for w in self._weights.values() if w.dtype in COMPUTED}:
-            ensure(dtype, self._device, self.config.cache_dir)
         with _full_precision():
             plan, results = lower(self.graph, arguments_of(self.graph, self._weights, inputs), self._device)
         self._plans[key] = plan
@@ -109,9 +127,7 @@ class CudaExecutable:
         """Run on ATen from now on: a kernel cannot be compiled or launched on this GPU."""
         self.failed = f"the kernels failed with {type(error).__name__}: {str(error).strip()[:300]}"
         warnings.warn(f"a stage runs on ATen, because {self.failed}", RuntimeWarning, stacklevel=3)
-        self._instead = AtenExecutable(self.graph)
-        self._instead.bind(self._weights)
-        return self._instead
+        return self._on_aten()
 
     def _again(self, plan: Plan, inputs: Sequence[Any]) -> list[Any]:
         with _full_precision():
