@@ -407,27 +407,38 @@ class Blocks:
         return *_parts(head, self.split_k), *values
 
     def holds(self, num_keys: int) -> bool:
-        """Whether a single block holds that many keys, and none of its parts is empty."""
-        return (self.keys if self.more_keys else 0) < num_keys <= self.keys + self.more_keys
+        """Whether a single block holds that many keys, and they fill the first of two parts."""
+        return (self.keys if self.more_keys else 1) <= num_keys <= self.keys + self.more_keys
 
     def shared_bytes(self, head: int, itemsize: int) -> int:
         """Shared memory of q and the pipeline of k and v."""
         k1, k2, v1, v2 = self.widths(head)
         q, keys = self.rows, self.keys + self.more_keys
-        if self.single:
-            q *= self.num_stages
-        else:
+        if not self.single:
             keys *= self.num_stages
+        elif self.num_stages > 1:
+            # One more for what is being multiplied.
+            q *= self.num_stages + 1
         return (q * (k1 + k2) + keys * (k1 + k2 + v1 + v2)) * itemsize
 
 
-HEADS = (32, 40, 64, 80, 128, 160, 256, 512)
+HEADS = (40, 64, 80, 128, 160, 256, 512)
 """Classes of heads: one of d channels, a multiple of 8, runs in the first class that is not smaller."""
+
+MASKED_HEADS = (64, 128)
+"""The same where there is a mask: what has one are the short sequences of text encoders."""
 
 
 @functools.cache
-def head_class(channels: int) -> int:
-    return next(h for h in HEADS if h >= channels)
+def head_class(channels: int, masked: bool = False) -> int:
+    # A class of two parts is for heads that fill the first.
+    classes = MASKED_HEADS if masked else tuple(h for h in HEADS if channels > h or _fills(h, channels))
+    return next(h for h in classes if h >= channels)
+
+
+def _fills(head: int, channels: int) -> bool:
+    first, second = _parts(head, True)
+    return not second or channels > first
 
 
 def _parts(head: int, split: bool) -> tuple[int, int]:
@@ -439,42 +450,37 @@ def _parts(head: int, split: bool) -> tuple[int, int]:
     return padded, 0
 
 
-_SINGLE = (
-    Blocks(64, 64, 4, 3, single=True),
-    Blocks(64, 64, 4, 3, single=True, more_keys=16),
-    Blocks(64, 128, 4, 3, single=True),
-)
 _BOTH = dict(split_k=True, split_v=True)
-_SINGLE_SPLIT = tuple(replace(b, **_BOTH) for b in _SINGLE)
+_TEXT = Blocks(64, 64, 4, 3, single=True, more_keys=16)
 
 HALF_BLOCKS: dict[int, tuple[Blocks, ...]] = {
-    32: (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), *_SINGLE),
-    40: (
-        Blocks(128, 64, 8, 3, split_v=True, ones=True),
-        Blocks(64, 64, 4, 3, split_v=True, ones=True),
-        *_SINGLE_SPLIT,
+    40: (Blocks(128, 64, 8, 3, ones=True, **_BOTH), replace(_TEXT, **_BOTH)),
+    64: (Blocks(128, 64, 8, 3, registers=128), Blocks(64, 64, 4, 3), _TEXT),
+    80: (
+        Blocks(128, 64, 8, 3, registers=128, **_BOTH),
+        Blocks(64, 64, 4, 3, **_BOTH),
+        replace(_TEXT, **_BOTH),
+        replace(_TEXT, num_stages=1, **_BOTH),
     ),
-    64: (Blocks(128, 64, 8, 3, registers=128), Blocks(64, 64, 4, 3), *_SINGLE),
-    80: (Blocks(128, 64, 8, 3, registers=128, **_BOTH), Blocks(64, 64, 4, 2, **_BOTH), *_SINGLE_SPLIT),
-    128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), *_SINGLE),
+    128: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
     160: (
         Blocks(128, 64, 8, 3, **_BOTH),
         Blocks(64, 64, 4, 2, **_BOTH),
         Blocks(64, 32, 4, 2, **_BOTH),
-        *_SINGLE_SPLIT,
+        replace(_TEXT, rows=128, num_warps=8, **_BOTH),
+        replace(_TEXT, num_stages=2, **_BOTH),
+        Blocks(64, 64, 4, 1, single=True, **_BOTH),
     ),
-    256: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2, columns=128)),
+    256: (Blocks(64, 32, 4, 2, columns=128),),
     512: (
-        Blocks(64, 32, 4, 3, columns=256),
-        Blocks(128, 32, 8, 2, columns=128),
+        Blocks(64, 32, 4, 2, columns=256),
         Blocks(128, 16, 8, 3, columns=256),
         Blocks(32, 32, 4, 1, columns=128),
     ),
 }
-"""What is compiled for f16 and bf16, by class of head."""
+"""What is compiled for f16 and bf16, by class of head: what was best for some call on an H100, and what fits others."""
 
 FLOAT_BLOCKS: dict[int, tuple[Blocks, ...]] = {
-    32: (Blocks(32, 32, 8, 2),),
     40: (Blocks(32, 32, 8, 2, **_BOTH),),
     64: (Blocks(32, 32, 8, 2),),
     80: (Blocks(16, 16, 4, 2, **_BOTH),),
@@ -484,21 +490,24 @@ FLOAT_BLOCKS: dict[int, tuple[Blocks, ...]] = {
 """The same for f32, which runs on the ordinary units: right, not fast.  They hold their operands in registers, so that
 heads wider than 160 channels are left to others."""
 
+MASKED_BLOCKS: dict[int, tuple[Blocks, ...]] = {
+    64: (Blocks(64, 64, 4, 3), replace(_TEXT, num_stages=1)),
+    128: (Blocks(64, 64, 4, 2),),
+}
+"""What is compiled for f16 and bf16 with every kind of mask."""
+
 MAX_FLOAT_HEAD = max(FLOAT_BLOCKS)
 
 
-def blocks_of(dtype: torch.dtype, head: int) -> tuple[Blocks, ...]:
+def blocks_of(dtype: torch.dtype, head: int, masked: bool = False) -> tuple[Blocks, ...]:
     """The forms that are compiled for a class of heads."""
-    return FLOAT_BLOCKS.get(head, ()) if dtype == torch.float32 else HALF_BLOCKS[head]
+    if dtype == torch.float32:
+        return FLOAT_BLOCKS.get(head, ())
+    return MASKED_BLOCKS[head] if masked else HALF_BLOCKS[head]
 
 
 Mask = torch.dtype | Literal["causal"] | None
 """Which keys a row may look at: the dtype of a mask that says so, those up to its own index, all."""
-
-
-def takes_masks(blocks: Blocks) -> bool:
-    """Whether a form is compiled for masks too: sequences with one are short."""
-    return blocks.rows <= 64
 
 
 @functools.cache
@@ -517,14 +526,13 @@ def _form(dtype: torch.dtype, head: int, blocks: Blocks, mask: Mask) -> Variant:
     return Variant(kernel, arguments, constants, blocks.num_warps, blocks.num_stages, blocks.registers or None)
 
 
-def variants(dtype: torch.dtype, heads: tuple[int, ...] = HEADS) -> Iterator[Variant]:
+def variants(dtype: torch.dtype) -> Iterator[Variant]:
     """Every form that `attention` launches with tensors of `dtype` and parameters among `candidates`."""
+    for head in HEADS:
+        yield from (_form(dtype, head, blocks, None) for blocks in blocks_of(dtype, head))
     masks: tuple[Mask, ...] = ("causal", torch.bool, dtype)
-    for head in heads:
-        for blocks in blocks_of(dtype, head):
-            yield _form(dtype, head, blocks, None)
-            if takes_masks(blocks):
-                yield from (_form(dtype, head, blocks, mask) for mask in masks)
+    for head in MASKED_HEADS:
+        yield from (_form(dtype, head, blocks, mask) for blocks in blocks_of(dtype, head, True) for mask in masks)
 
 
 # ---------------------------------------------------------------------------------------------------------- the call
@@ -543,6 +551,8 @@ def supports(
     if len(sizes) != 4 or key_sizes != v.shape or (sizes[0], *sizes[2:]) != (key_sizes[0], *key_sizes[2:]):
         return f"q {list(sizes)}, k {list(key_sizes)}, v {list(v.shape)} are not [B, N, H, D] and twice [B, M, H, D]"
     refused = _refuses_sizes(sizes, key_sizes[1], q.dtype) or _refuses_layout(q, k, v)
+    if not refused and (causal or mask is not None) and sizes[3] > MASKED_HEADS[-1]:
+        refused = f"heads of {sizes[3]} channels, more than {MASKED_HEADS[-1]}, with a mask"
     return refused or (None if mask is None else _refuses_mask(mask, q, key_sizes[1], causal))
 
 
@@ -627,7 +637,7 @@ def launch_of(
 ) -> Launch:
     """What makes `out` from tensors that `supports` takes."""
     batch, num_rows, heads, channels = q.shape
-    head, num_keys = head_class(channels), k.shape[1]
+    head, num_keys = head_class(channels, causal or mask is not None), k.shape[1]
     if parameters.single and not parameters.holds(num_keys):
         raise InputError(f"{num_keys} keys do not fit one block of {parameters.keys}; choose among `candidates`")
     if parameters.ones and channels >= sum(parameters.widths(head)[2:]):
@@ -699,30 +709,27 @@ def candidates(
     heads   of all the batch
     masked  whether there is a mask, or a causal one
     """
-    head = head_class(channels)
-    fit = [b for b in blocks_of(dtype, head) if b.shared_bytes(head, dtype.itemsize) <= device.shared_bytes]
-    fit = [b for b in fit if takes_masks(b) or not masked]
+    head = head_class(channels, masked)
+    fit = [b for b in blocks_of(dtype, head, masked) if b.shared_bytes(head, dtype.itemsize) <= device.shared_bytes]
     if device.arch >= 90 and dtype != torch.float32:
         # Hopper's products take 64 rows; with fewer, those of older GPUs ran: 3.6 times slower.
         fit = [b for b in fit if b.rows >= 64]
     single = [b for b in fit if b.single and b.holds(num_keys) and _keeps_registers(b, head, device)]
     several = [b for b in fit if not b.single]
     if single:
-        # The smallest that holds the keys.
-        b = min(single, key=lambda b: b.keys + b.more_keys)
+        smallest = min(b.keys + b.more_keys for b in single)
         return [
-            replace(b, turns=_turns(-(-num_rows // b.rows), heads, _resident(b, head, dtype.itemsize, device), device))
+            replace(b, turns=turns)
+            for b in single
+            if b.keys + b.more_keys == smallest
+            for turns in TURNS
+            if turns <= -(-num_rows // b.rows)
         ]
     # Some form must do, even one that spills a little.
     return [b for b in several if _keeps_registers(b, head, device)] or several[-1:]
 
 
-def _turns(blocks: int, heads: int, resident: int, device: Device) -> int:
-    """Blocks of rows for each program: all programs run at once, and the multiprocessors make equally many blocks."""
-    least = -(-blocks * heads // (device.num_sms * resident))
-    if least == 1:
-        return 0
-    return min(range(least, 2 * least + 1), key=lambda t: -(-(-(-blocks // t) * heads) // device.num_sms) * t)
+TURNS = (0, 2, 4, 6)
 
 
 def _keeps_registers(p: Blocks, head: int, device: Device) -> bool:
@@ -751,33 +758,63 @@ def estimate_us(
     """Time of one call in µs: that of the busiest multiprocessor, never less than the caches and the memory need.
 
     A program multiplies, then takes exponentials, then multiplies: two on one multiprocessor overlap little, and what
-    they wait for each other within a block of keys only further programs hide.  Fitted to an H100 with heads of 40 to
+    they wait for each other within a block of keys only further warps hide.  Fitted to an H100 with heads of 40 to
     512 channels, 77 to 16,384 keys: within 15 %.
     """
-    p, head, turns = parameters, head_class(channels), parameters.turns or 1
+    p, head = parameters, head_class(channels)
     columns = -(-channels // p.columns) if p.columns else 1
-    programs = -(-num_rows // (p.rows * turns)) * batch * heads * columns
-    steps = -(-num_keys // p.keys) * (0.5 if causal else 1.0) + (0.5 if causal else 0.0)
-
-    products = _product_clocks(p, head, itemsize, device)
-    softmax = 0.67 * (p.rows * (p.keys + p.more_keys) / 16 + _instructions(p, head) * p.num_warps / 4)
+    programs = -(-num_rows // (p.rows * (p.turns or 1))) * batch * heads * columns
     busiest = -(-programs // device.num_sms)
     resident = min(busiest, _resident(p, head, itemsize, device))
-    overlap = max(0.0, min(0.5, (resident * p.num_warps - 8) / 16))
-    step = products + softmax - overlap * min(products, softmax)
+    products = _product_clocks(p, head, itemsize, device)
+    once = 2 * batch * heads * (num_rows + num_keys) * channels * itemsize
     if p.single:
-        clocks = 3700 + busiest * (_setup_instructions(p, head, itemsize) * p.num_warps / 4 + turns * step)
-    else:
-        clocks = 2500 + busiest * steps * (step + 500 / resident)
+        return LAUNCH_US + _single_us(p, products, busiest, resident, once, device)
 
     # Across the second-level cache goes what each program reads, to and from the memory each tensor once.
-    read = programs * (num_keys * (channels + min(channels, sum(p.widths(head)[2:]))) + p.rows * turns * channels)
-    once = 2 * batch * heads * (num_rows + num_keys) * channels
-    memory = once * itemsize / (1e12 * (device.l2_tbs if once * itemsize < device.l2_bytes / 2 else device.memory_tbs))
-    busy = clocks / clock_hz(device)
-    # A program with one block has nothing to compute while it reads and writes.
-    busy = max(busy + memory / turns, memory) if p.single else max(busy, memory)
-    return LAUNCH_US + 1e6 * max(busy, read * itemsize / (device.l2_tbs * 1e12))
+    read = programs * (num_keys * (channels + min(channels, sum(p.widths(head)[2:]))) + p.rows * channels) * itemsize
+    read_us = read / (device.l2_tbs * 1e6)
+    memory_us = once / (1e6 * (device.l2_tbs if once < device.l2_bytes / 2 else device.memory_tbs))
+    steps = -(-num_keys // p.keys) * (0.5 if causal else 1.0) + (0.5 if causal else 0.0)
+    step = _step_clocks(p, head, products, resident)
+    busy_us = (2500 + busiest * steps * step) / clock_hz(device) * 1e6
+    # One group of warps waits for the cache, the more the less of k and v are in the half of it that is near.
+    far = min(1.0, 2 * batch * heads * num_keys * channels * itemsize / (device.l2_bytes / 2))
+    busy_us += far * read_us * max(0.0, 8 / (resident * p.num_warps) - 1)
+    return LAUNCH_US + max(busy_us, memory_us, read_us)
+
+
+def _step_clocks(p: Blocks, head: int, products: float, resident: int) -> float:
+    """Clocks of a multiprocessor for one block of rows and keys."""
+    softmax = 0.67 * (p.rows * p.keys / 16 + _instructions(p, head) * p.num_warps / 4)
+    warps = resident * p.num_warps
+    _, k2, _, v2 = p.widths(head)
+    # Products in two parts follow each other, which other programs do not hide.
+    if k2 or v2:
+        overlap, waits = (warps - 8) / 16, max(250.0, 2000 / warps)
+    else:
+        overlap, waits = (warps - 8) / 8, 2000 / warps * min(1.0, 8 / warps)
+    overlap = max(0.0, min(0.5, overlap))
+    return products + softmax - overlap * min(products, softmax) + waits
+
+
+def _single_us(p: Blocks, products: float, busiest: int, resident: int, once: int, device: Device) -> float:
+    """Time of `flash_few_keys`: programs that cannot all run at once start one after the other.
+
+    Its time is that of reading and writing, then of the longer of two: what a program waits for, what it computes.
+    """
+    turns = p.turns or 1
+    starts_us = -(-busiest // resident) * (SINGLE_START_US + SINGLE_STAGE_US * (p.num_stages - 1))
+    busy_us = busiest * turns * SINGLE_PRODUCTS * products / clock_hz(device) * 1e6
+    missed = min(1.0, max(0.0, 2 * once / device.l2_bytes - 1))
+    rate = (1 - missed) / (SINGLE_CACHE * device.l2_tbs) + missed * (1 + SINGLE_TURN * turns) / device.memory_tbs
+    return float((starts_us**1.5 + busy_us**1.5) ** (2 / 3) + once * rate * 1e-6)
+
+
+SINGLE_START_US, SINGLE_STAGE_US = 1.5, 0.03
+SINGLE_PRODUCTS = 3.0  # all that is done for a block of rows, over its products
+SINGLE_CACHE = 0.66  # of the cache's rate
+SINGLE_TURN = 0.12  # what lies in no cache is waited for in each turn
 
 
 def _product_clocks(p: Blocks, head: int, itemsize: int, device: Device) -> float:
@@ -802,15 +839,8 @@ def clock_hz(device: Device) -> float:
 def _instructions(p: Blocks, head: int) -> float:
     """Instructions of a warp for one block of rows and keys: counted in the machine code for sm_90."""
     threads, values = 32 * p.num_warps, sum(p.widths(head)[2:])
-    if p.single:
-        return (7 * p.rows * (p.keys + p.more_keys) + 7.6 * p.rows * values) / threads
     each = 4.4 + (0.0 if p.ones else 1.2) + (0.5 if p.lazy else values / p.keys)
     return 110 + each * p.rows * p.keys / threads
-
-
-def _setup_instructions(p: Blocks, head: int, itemsize: int) -> float:
-    """The same for what a single block does once: 20 for each 16 bytes of k and v."""
-    return 250 + 20 * (p.keys + p.more_keys) * sum(p.widths(head)) * itemsize / (16 * 32 * p.num_warps)
 
 
 def _resident(p: Blocks, head: int, itemsize: int, device: Device) -> int:
