@@ -58,7 +58,7 @@ _QUIETLY = "-W default -p no:cacheprovider"
 _FIRST = "allaprima.bench.first ARCH --steps 50"
 
 SECTIONS = (
-    Section("compile", "all kernels, with nothing cached", 240, ("allaprima.backends.cuda.compile --dtype float16",)),
+    Section("compile", "all kernels, with nothing cached", 240, ("allaprima.backends.cuda.warming --dtype float16",)),
     Section(
         "kernels",
         "the kernels' tests, compiled, and those that need a GPU",

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import allaprima.backends.cuda.compile as compile_module
 from allaprima.backends.cuda.compile import MODULES, Checked, every_variant, one_of_each, problems
-from allaprima.backends.cuda.device import KNOWN
-from allaprima.backends.cuda.kernels.variant import ARCHES, Variant
+from allaprima.backends.cuda.kernels.variant import ARCHES
 
 
 def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,28 +63,3 @@ def test_what_fails_and_what_fits_nowhere_is_told() -> None:
     assert problems([good, large]) == []
     assert "no form" in problems([large, Checked(second, 86, 0, None)])[0]
     assert "bad" in problems([Checked(second, 90, 0, "bad"), Checked(second, 90, 0, None)])[0]
-
-
-def test_all_is_compiled_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[str] = []
-    monkeypatch.setattr(Variant, "warm_up", lambda self: compiled.append(self.name))
-    monkeypatch.setattr(compile_module, "_digest", lambda variants, device: str(len(variants)))
-    for expected in (len(every_variant([torch.float16])), 0):
-        monkeypatch.setattr(compile_module, "_ensured", set())  # as in another process
-        compiled.clear()
-        compile_module.ensure(torch.float16, KNOWN[0], tmp_path)
-        compile_module.ensure(torch.float16, KNOWN[0], tmp_path)
-        assert len(compiled) == expected
-
-
-def test_a_form_that_cannot_be_compiled_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    forms = one_of_each(every_variant([torch.float16]))
-
-    def fails(self: Variant) -> None:
-        if self is forms[1]:
-            raise RuntimeError("too many registers")
-
-    monkeypatch.setattr(Variant, "warm_up", fails)
-    told = list(compile_module.warm_up(forms))
-    assert [bool(text) for text in told] == [form is forms[1] for form in forms]
-    assert "too many registers" in (told[1] or "")

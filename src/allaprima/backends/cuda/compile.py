@@ -1,27 +1,22 @@
-"""Compiling the kernels: all forms once a machine, before they are needed; or for GPUs that are elsewhere.
+"""The forms of all kernels, and whether they compile: for any GPU, without having one.
 
-python -m allaprima.backends.cuda.compile                      for the GPU here, into Triton's cache
-python -m allaprima.backends.cuda.compile --arch 80 --arch 90  for any GPU, only to see that it works
+python -m allaprima.backends.cuda.compile --arch 80 --arch 90
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from .device import Device, device_of, nearest
+from .device import nearest
 from .kernels.variant import ARCHES, Variant
 
 if TYPE_CHECKING:
@@ -54,54 +49,6 @@ def every_variant(dtypes: Iterable[torch.dtype], modules: Sequence[str] = MODULE
 def one_of_each(variants: Sequence[Compilable]) -> list[Compilable]:
     """The last form of each kernel: files list the forms that want much shared memory first."""
     return list({v.kernel.__name__: v for v in variants}.values())
-
-
-def warm_up(variants: Sequence[Compilable]) -> Iterator[str | None]:
-    """Compile for the GPU at hand, on all cores: Triton's compiler runs outside of Python's lock most of the time.
-
-    yields  for each form what went wrong, or None
-    """
-
-    def one(variant: Compilable) -> str | None:
-        try:
-            variant.warm_up()
-        except Exception as error:  # the compiler raises anything; the other forms may do
-            return f"{variant.name}: {type(error).__name__}: {str(error).strip()[:300]}"
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        yield from pool.map(one, variants)
-
-
-def ensure(dtype: torch.dtype, device: Device, cache_dir: Path | None) -> None:
-    """Compile every form for tensors of `dtype`, unless that was done on this machine before.
-
-    Triton keeps what it compiled; a file in `cache_dir` says that all of it is there.
-    """
-    if (dtype, device.arch) in _ensured:
-        return
-    _ensured.add((dtype, device.arch))
-    variants = every_variant([dtype], modules_of(device.arch))
-    done = cache_dir / "kernels" / f"{_digest(variants, device)}.txt" if cache_dir else None
-    if done is not None and done.exists():
-        return
-    console = Console(stderr=True)
-    said = f"compiling {len(variants)} kernels, once on this machine"
-    wrong = [text for text in track(warm_up(variants), said, len(variants), console=console, transient=True) if text]
-    if done is not None:
-        done.parent.mkdir(parents=True, exist_ok=True)
-        done.write_text("\n".join(wrong), encoding="utf-8")
-
-
-_ensured: set[tuple[torch.dtype, int]] = set()
-
-
-def _digest(variants: Sequence[Compilable], device: Device) -> str:
-    import triton
-
-    kernels = {v.kernel.__name__: v.kernel.cache_key for v in variants}
-    parts = (triton.__version__, str(device.arch), repr(sorted(kernels.items())), *sorted(v.name for v in variants))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -145,7 +92,9 @@ def problems(checked: Sequence[Checked]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHES, help="compute capability × 10; repeatable")
+    parser.add_argument(
+        "--arch", type=int, action="append", required=True, choices=ARCHES, help="compute capability × 10; repeatable"
+    )
     parser.add_argument("--dtype", action="append", choices=("float16", "bfloat16", "float32"), help="default float16")
     parser.add_argument("--module", action="append", choices=MODULES + HOPPER_MODULES, help="kernels of one file only")
     parser.add_argument("--sample", action="store_true", help="one form of each kernel")
@@ -157,11 +106,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = every_variant(dtypes, [m for m in given.module or allowed if m in allowed])
         return one_of_each(found) if given.sample else found
 
-    if not given.arch:
-        variants = of(device_of(torch.cuda.current_device()).arch)
-        failed = [text for text in track(warm_up(variants), "compiling", len(variants)) if text]
-        print("\n".join([*failed, f"{len(variants)} forms compiled, {len(failed)} failed"]))
-        return 1 if failed else 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         checked = list(pool.map(lambda pair: check(*pair), [(v, a) for a in given.arch for v in of(a)]))
     wrong = problems(checked)

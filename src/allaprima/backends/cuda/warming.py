@@ -19,13 +19,16 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
-from .compile import every_variant, one_of_each
+from .compile import every_variant, modules_of, one_of_each
 from .device import Device
-from .kernels.variant import Variant
+
+if TYPE_CHECKING:
+    from .compile import Compilable
 
 
 def ready(dtype: torch.dtype, device: Device) -> bool:
@@ -56,7 +59,7 @@ _lock = threading.Lock()
 
 def _start(dtype: torch.dtype, device: Device) -> subprocess.Popen[bytes] | None:
     """None where all is compiled, or no process can be started."""
-    variants = every_variant([dtype])
+    variants = every_variant([dtype], modules_of(device.arch))
     done = _marker(variants, device.arch)
     if done.exists():
         return None
@@ -72,7 +75,7 @@ def _start(dtype: torch.dtype, device: Device) -> subprocess.Popen[bytes] | None
     return process
 
 
-def _marker(variants: Sequence[Variant], arch: int) -> Path:
+def _marker(variants: Sequence[Compilable], arch: int) -> Path:
     """The file that says that all of them are compiled, of this Triton and from these sources."""
     import triton
 
@@ -85,7 +88,7 @@ def _marker(variants: Sequence[Variant], arch: int) -> Path:
 # ---- the process beside --------------------------------------------------------------------------------------------
 
 
-def compile_all(variants: Sequence[Variant], arch: int, processes: int | None = None) -> list[str]:
+def compile_all(variants: Sequence[Compilable], arch: int, processes: int | None = None) -> list[str]:
     """Compile into Triton's cache, in as many processes as there are cores.  returns what went wrong, by form"""
     count = min(len(variants), processes or os.cpu_count() or 1)
     # Forked, so that they need not import torch again; nothing here has started a thread.  Kernels cannot be pickled,
@@ -95,10 +98,10 @@ def compile_all(variants: Sequence[Variant], arch: int, processes: int | None = 
     return [text for text in wrong if text]
 
 
-_inherited: tuple[Sequence[Variant], int] = ((), 0)
+_inherited: tuple[Sequence[Compilable], int] = ((), 0)
 
 
-def _inherit(variants: Sequence[Variant], arch: int) -> None:
+def _inherit(variants: Sequence[Compilable], arch: int) -> None:
     global _inherited
     _inherited = variants, arch
     os.nice(5)
@@ -121,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", action="store_true", help="one form of each kernel")
     given = parser.parse_args(arguments)
     arch = given.arch or _arch_here()
-    variants = every_variant([getattr(torch, given.dtype)])
+    variants = every_variant([getattr(torch, given.dtype)], modules_of(arch))
     done = given.done or _marker(variants, arch)
     started = time.monotonic()
     wrong = compile_all(one_of_each(variants) if given.sample else variants, arch)
