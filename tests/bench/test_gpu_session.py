@@ -68,7 +68,7 @@ def test_every_command_is_one_that_there_is(monkeypatch: pytest.MonkeyPatch, rep
     import typer
     from typer.testing import CliRunner
 
-    from allaprima.backends.cuda import compile as compiling
+    from allaprima.backends.cuda import warming
     from allaprima.bench import command, first, operators, profiling
 
     asked: list[Options] = []
@@ -88,7 +88,7 @@ def test_every_command_is_one_that_there_is(monkeypatch: pytest.MonkeyPatch, rep
             else:
                 main = {
                     "allaprima.bench.first": first, "allaprima.bench.operators": operators,
-                    "allaprima.bench.profiling": profiling, "allaprima.backends.cuda.compile": compiling,
+                    "allaprima.bench.profiling": profiling, "allaprima.backends.cuda.warming": warming,
                 }[module].main  # fmt: skip
                 with pytest.raises(SystemExit) as ended:
                     main([*words, "--help"])
