@@ -24,10 +24,12 @@ def candidates(operator: str, arguments: Sequence[Any], device: Device) -> list[
     """All ways to run `operator` (a key of linear.PROBLEMS) on these arguments, the one estimated fastest first.
 
     Only sizes, strides and dtypes are read: tensors on the meta device will do.  Empty for a convolution that is not a
-    matrix product.
+    matrix product, and where there is nothing to multiply.
     """
     m, n, ks = sizes(operator, arguments)
     weight = arguments[1]
+    if not m or not n or not sum(ks):
+        return []
     if operator.startswith("conv2d") and not _is_product(operator, arguments):
         return []
     found = []

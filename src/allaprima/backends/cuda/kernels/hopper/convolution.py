@@ -904,9 +904,9 @@ PROBLEMS: dict[str, Callable[..., Problem | str]] = {
 # Fitted to an H100's times of 131 calls and tiles, which these give within 6 % where a tile is near the best.
 CLOCK = 1755.0  # in a µs
 LAUNCH_US = 3.1  # of a kernel whose weights are not in the cache
-START_US = 2.0  # from the start of a unit of work to its first product, and from its last one to its end
+START_US = 1.9  # from the start of a unit of work to its first product, and from its last one to its end
 STORE_US = 7e-6  # of a byte of the epilogue
-GATE_US = 1.4e-5  # of a gated result
+GATE_US = 1.2e-5  # of a gated result
 LATENCY_US = 0.78  # from asking for a box to having it
 ARRIVING = 0.16  # the part of the time in which boxes arrive that delays products
 OVERLAP = 2.0  # of products and memory, as in `linear`
