@@ -198,6 +198,8 @@ def _upsampling(call: Callable[..., Any]) -> Callable[[Sequence[Any], Device], I
 
 
 def _group_norm(call: Callable[..., Any]) -> Callable[[Sequence[Any], Device], Iterator[Candidate]]:
+    silu = call is not group_norm.group_norm
+
     def candidates(arguments: Sequence[Any], device: Device) -> Iterator[Candidate]:
         given, groups, weight, bias, _ = (*arguments, None, None, None)[:5]
         sources = (given,) if isinstance(given, torch.Tensor) else tuple(given)
@@ -207,7 +209,7 @@ def _group_norm(call: Callable[..., Any]) -> Callable[[Sequence[Any], Device], I
         sizes = batch, sum(s.shape[1] for s in sources), pixels, groups
         for parameters in group_norm.candidates(*sizes, device, sources[0].itemsize):
             if not group_norm.supports(sources, groups, weight, bias, parameters=parameters):
-                time = group_norm.estimate_us(*sizes, sources[0].itemsize, parameters, device)
+                time = group_norm.estimate_us(*sizes, sources[0].itemsize, parameters, device, silu)
                 yield Candidate(f"group_norm {_named(parameters)}", _with(call, parameters), time)
 
     return candidates
