@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from allaprima.backends.cuda.device import KNOWN
 from allaprima.backends.cuda.kernels.hopper import attention as kernel
 from allaprima.backends.cuda.kernels.hopper.attention import BLOCKS, Blocks, variants
 from allaprima.backends.cuda.kernels.hopper.form import Tile
@@ -367,3 +368,18 @@ def test_what_is_refused() -> None:
             kernel.attention(*arguments, parameters=given)
     with pytest.raises(InputError, match="contiguous"):
         kernel.attention(q, k, v, parameters=given, out=q[:1])
+
+
+def test_candidates() -> None:
+    h100 = next(d for d in KNOWN if d.name == "H100")
+    for channels, several in BLOCKS.items():
+        q, short, long = (torch.empty(2, n, 8, channels, dtype=torch.float16) for n in (4096, 77, 8192))
+        assert kernel.candidates(q, q, q, None, None, False, h100) == list(several)
+        assert not kernel.candidates(q, short, short, None, None, False, h100)
+        assert not kernel.candidates(q, q, q, None, None, True, h100)
+        assert not kernel.candidates(q, q, q, None, None, False, replace(h100, arch=80))
+        for blocks in several:
+            time = kernel.estimate_us(q, q, blocks, h100)
+            peak_us = 4 * 2 * 8 * 4096 * 4096 * channels / (h100.half_tflops * 1e6)
+            assert peak_us < time < 6 * peak_us
+            assert 1.8 * time < kernel.estimate_us(q, long, blocks, h100) < 2.1 * time

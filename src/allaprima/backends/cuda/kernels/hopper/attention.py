@@ -28,7 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.runtime.jit import constexpr_function
 
 from .....errors import InputError
-from .form import Form, Tile
+from ...device import Device
+from ..attention import LAUNCH_US, clock_hz
+from .form import ARCH, Form, Tile
 
 _LOG2_E = 1.4426950408889634
 
@@ -528,6 +530,47 @@ def variants(dtype: torch.dtype) -> Iterator[Form]:
     for channels, several in BLOCKS.items():
         for blocks in several:
             yield form_of(dtype, channels, blocks)
+
+
+# ---------------------------------------------------------------------------------------------------------- the choice
+def candidates(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+    device: Device,
+) -> list[Blocks]:
+    """What can be launched with these tensors; none for few keys, of which the forms would compute mostly padding."""
+    if device.arch != ARCH or supports(q, k, v, mask, scale, causal) or k.shape[1] < FEWEST_KEYS:
+        return []
+    return list(BLOCKS[q.shape[3]])
+
+
+def estimate_us(q: torch.Tensor, k: torch.Tensor, blocks: Blocks, device: Device) -> float:
+    """Time of one call in µs: that of the busiest multiprocessor, never less than reading needs.
+
+    While one warpgroup multiplies, another takes exponentials: the longer of the two counts, and a part of the other.
+    """
+    batch, num_rows, heads, channels = q.shape
+    num_keys, b = k.shape[1], blocks
+    programs = -(-num_rows // b.rows) * batch * heads
+    busiest = -(-programs // device.num_sms)
+    scores = b.rows * b.keys
+    products = scores * sum(b.widths(channels)) * 2 / (device.half_tflops * 1e12 / device.num_sms / clock_hz(device))
+    # The unit for exponentials makes 16 in a clock; all other instructions for a score are about four, 128 in a clock.
+    softmax = scores / 16 + scores * SCORE_INSTRUCTIONS / 128
+    step = max(products, softmax) + HIDDEN * min(products, softmax) + STEP_CLOCKS
+    busy_us = (START_CLOCKS + -(-num_keys // b.keys) * step) * busiest / clock_hz(device) * 1e6
+    read = programs * (2 * num_keys + b.rows) * channels * q.itemsize
+    return LAUNCH_US + max(busy_us, read / (device.l2_tbs * 1e6))
+
+
+FEWEST_KEYS = 256
+SCORE_INSTRUCTIONS = 4.0
+HIDDEN = 0.3  # of the shorter of products and softmax
+STEP_CLOCKS, START_CLOCKS = 100, 2500
 
 
 # ---------------------------------------------------------------------------------------------------------- the call
