@@ -45,6 +45,10 @@ class Call:
     stride: int
     us: dict[str, float]
 
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        return self.case, self.operator, self.sizes, self.dtype, self.stride
+
     def arguments(self) -> tuple[Any, ...]:
         """The operator's arguments on the meta device: images channels-last, all else contiguous."""
         tensors = [_tensor(size, getattr(torch, self.dtype)) for size in self.sizes.split()]
@@ -97,14 +101,16 @@ def _tensor(size: str, dtype: torch.dtype) -> torch.Tensor:
 
 def read(path: Path) -> list[Call]:
     """The calls of a file of either kind; what failed or was wrong is left out."""
-    found: dict[tuple[str, str, str, str], Call] = {}
+    found: dict[tuple[str, str, str, str, int], Call] = {}
     for line in path.read_text().splitlines():
         r = json.loads(line)
-        key = r["case"], r["operator"], r["sizes"], r["dtype"]
+        about = r["case"], r["operator"], r["sizes"], r["dtype"]
+        stride = _stride(r) if r.get("kind") == "candidate" else r.get("stride", 1)
+        key = *about, stride
         if r.get("kind") != "candidate":
-            found[key] = Call(*key, r["count"], r.get("stride", 1), r["us"])
+            found[key] = Call(*about, r["count"], stride, r["us"])
         elif r["us"] is not None and not r["note"]:
-            call = found.setdefault(key, Call(*key, r["count"], _stride(r), {}))
+            call = found.setdefault(key, Call(*about, r["count"], stride, {}))
             call.us[r["candidate"]] = round(r["us"], 2)
     return list(found.values())
 
@@ -162,12 +168,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, nargs="?", default=MEASURED)
     parser.add_argument("operators", nargs="*", help="only these")
-    parser.add_argument("--into", type=Path, help="a sample, in which these operators are replaced")
+    parser.add_argument("--into", type=Path, help="a sample, in which these calls are replaced")
     given = parser.parse_args()
     calls = [c for c in read(given.file) if not given.operators or c.operator in given.operators]
     if given.into:
-        replaced = {c.operator for c in calls}
-        kept = [c for c in read(given.into) if c.operator not in replaced] if given.into.exists() else []
+        replaced = {c.key for c in calls}
+        kept = [c for c in read(given.into) if c.key not in replaced] if given.into.exists() else []
         write(sorted([*kept, *calls], key=lambda c: c.operator), given.into)
         return
     found = regrets(calls)

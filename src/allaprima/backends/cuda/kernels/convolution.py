@@ -259,13 +259,18 @@ HALF_TILES = (
     Tile(128, 256, 64, 64, 8, 3),
     Tile(128, 256, 0, 64, 8, 3),
     Tile(256, 128, 0, 64, 8, 3),
-    Tile(128, 128, 32, 64, 8, 4),
+    Tile(128, 128, 32, 64, 8, 5),
     Tile(128, 128, 0, 64, 8, 4),
     Tile(128, 128, 0, 64, 8, 3, registers=128),
     Tile(64, 128, 32, 64, 4, 4),
     Tile(64, 64, 0, 64, 4, 5),
 )
-"""Widths of 320 and 160 are for networks of 320·n channels.  What an H100 never chose is not here (64×128, 128×64)."""
+"""Widths of 320 and 160 are for networks of 320·n channels.  Each was the best of all tiles for some convolution on an
+H100, or is for GPUs of less shared memory."""
+
+WHOLE_TILES = (HALF_TILES[0], HALF_TILES[1], HALF_TILES[2], HALF_TILES[5])
+"""Tiles that make whole sums only: where parts pay, smaller tiles are better."""
+
 FLOAT_TILES = (Tile(64, 64, 0, 32, 4, 3), Tile(32, 64, 0, 32, 4, 3))
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -288,10 +293,11 @@ def _variant(dtype: torch.dtype, tile: Tile, partial: bool) -> Variant:
 
 
 def tile_variants(dtype: torch.dtype) -> Iterator[Variant]:
-    """The forms of `conv_launches`: each tile for whole and for split sums, and what adds the parts."""
+    """The forms of `conv_launches`: the tiles for whole and for split sums, and what adds the parts."""
     for tile in tiles(dtype.itemsize):
         yield _variant(dtype, tile, False)
-        yield _variant(dtype, tile, True)
+        if tile not in WHOLE_TILES:
+            yield _variant(dtype, tile, True)
     yield from finish_variants(dtype)
 
 
@@ -425,9 +431,17 @@ def supports(
         if len(sources) > 1:
             return "several sources"
         return few_channels_supports(sources[0], weight, bias, addend, stride, padding, parameters)
+    if refused := refuses_parts(parameters, len(sources)):
+        return refused
     if max(weight.shape[2:]) > 15:
         return "more than 15 taps along one axis"
     return fits(sources, (weight,), bias, addend, (sources[0].shape[0], weight.shape[0], rows, columns))
+
+
+def refuses_parts(tile: Tile, num_sources: int = 1) -> str | None:
+    """Why `tile` cannot cut the sum of that many sources as it says; None: it can."""
+    whole = replace(tile, splits=1) in WHOLE_TILES
+    return "a tile for whole sums of one source" if whole and (tile.splits > 1 or num_sources > 1) else None
 
 
 def fits(
@@ -677,12 +691,15 @@ def holds(tile: Tile, itemsize: int, device: Device) -> bool:
     return tile.shared_bytes(itemsize, device.arch) <= device.shared_bytes and (sums <= 128 or device.arch >= 90)
 
 
-SHARED, ISSUE_US, BUSY, CACHE = 1.32, 0.005, 0.27, 1.7
+SHARED, ISSUE_US, BUSY, CACHE = 1.33, 0.004, 0.32, 2.05
 """What holds a step up beside its products: the rate of shared memory over 128 bytes a clock, as tensor cores read
 operands from there; a load that a thread issues, while a program alone multiplies nothing; how much longer all of that
 takes while all multiprocessors work; the rate of the cache over what others reach."""
 
-BEGIN_US, END_BYTES = 1.5, 22e3
+CROWD = 1.15
+"""How much longer steps take with sixteen warps on a multiprocessor: their operands compete for shared memory."""
+
+BEGIN_US, END_BYTES = 1.85, 22.5e3
 """What a program takes before its first and after its last step: a latency, and what it stores, bytes a µs."""
 
 
@@ -722,7 +739,8 @@ def tile_us(work: Work, itemsize: int, tile: Tile, device: Device, addend: bool 
     steps = ceil_div(work.steps(tile), tile.splits)
 
     def round_us(together: int) -> float:
-        return steps * busy * max(together * step_us, step_us + issue_us) + ends_us
+        crowd = CROWD if together * tile.warps > 8 else 1.0
+        return steps * busy * crowd * max(together * step_us, step_us + issue_us) + ends_us
 
     full, rest = divmod(busiest, resident(tile, itemsize, device))
     busy_us = full * round_us(resident(tile, itemsize, device)) + (round_us(rest) if rest else 0.0)
@@ -772,9 +790,11 @@ def candidate_tiles(work: Work, itemsize: int, device: Device, num_sources: int 
             continue
         wanted = max(2, resident(tile, itemsize, device)) * device.num_sms
         for splits in SPLITS:
+            cut = replace(tile, splits=splits)
             deep = work.steps(tile) // num_sources >= 4 * splits
-            if splits == 1 or (deep and work.tiles(tile) * splits * num_sources <= wanted):
-                found.append(replace(tile, splits=splits))
+            fills = deep and work.tiles(tile) * splits * num_sources <= wanted
+            if not refuses_parts(cut, num_sources) and (splits == 1 or fills):
+                found.append(cut)
     return found
 
 

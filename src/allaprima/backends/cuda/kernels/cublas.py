@@ -168,14 +168,16 @@ PASS_US = 2.0  # of an elementwise kernel
 BROADCAST = 2.7  # adding a bias to a residual takes so much longer than adding two tensors
 
 
-def product_us(m: int, n: int, k: int, itemsize: int, device: Device, onto: bool = False) -> float:
+def product_us(
+    m: int, n: int, k: int, itemsize: int, device: Device, onto: bool = False, biased: bool = False
+) -> float:
     """cuBLAS's product of [M, K] and [N, K] in µs, added `onto` what is there: the best of its usual tiles by waves,
-    FLOPs and bytes."""
+    FLOPs and bytes.  A bias is added by the product's own epilogue, which then cannot cut K into parts."""
     rate = (device.float_tflops if itemsize == 4 else device.half_tflops * PEAK) / device.num_sms
     memory_us = moved_us(n * k * itemsize, (m * k + m * n * (2 if onto else 1)) * itemsize, device)
     best = float("inf")
     for tile_m, tile_n in TILES:
-        for splits in SPLITS if k >= 1024 else (1,):
+        for splits in SPLITS if k >= 1024 and not biased else (1,):
             most = -(-(-(-m // tile_m) * -(-n // tile_n) * splits) // device.num_sms)
             flops_us = most * 2 * tile_m * tile_n * -(-k // splits) / rate * 1e-6
             store_us = most * tile_m * tile_n * itemsize / STORE_TBS * 1e-6
@@ -198,7 +200,9 @@ def estimate_us(
         return product_us(m, 2 * n, k, itemsize, device) + elementwise_us(3 * m * n, itemsize, device)
     if operator in ("linear_add", "conv2d_add"):
         passed = 3 * m * n if after else BROADCAST * 2 * m * n
-        return product_us(m, n, k, itemsize, device, onto=not after) + elementwise_us(passed, itemsize, device)
+        return product_us(m, n, k, itemsize, device, onto=not after, biased=after) + elementwise_us(
+            passed, itemsize, device
+        )
     if len(ks) == 1:
         return product_us(m, n, k, itemsize, device)
     if after:

@@ -249,13 +249,10 @@ class Tile:
 
 
 HALF_TILES = (
-    Tile(128, 128, 64, 8, 4),
     Tile(128, 128, 64, 4, 3),
     Tile(64, 128, 64, 4, 3),
     Tile(64, 128, 64, 4, 5),
-    Tile(128, 64, 64, 4, 3),
     Tile(64, 64, 64, 4, 6),
-    Tile(32, 64, 128, 4, 4),
 )
 """Tiles for f16 and bf16.  320 columns are five tiles of 64, 640 five of 128.  Two or three programs of those with few
 stages share an SM and hide each other's start and end, which is half of the time where K is 320; those with more are
@@ -265,10 +262,10 @@ and sm_89, which hold one stage less."""
 GATED_TILES = (Tile(128, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 6))
 """Tiles that are also compiled with a gate, for which large ones are best: its columns are 2·N."""
 
-SPLIT_TILES = (Tile(64, 128, 64, 4, 5), Tile(64, 64, 64, 4, 6), Tile(32, 64, 128, 4, 4))
+SPLIT_TILES = (Tile(64, 128, 64, 4, 5), Tile(64, 64, 64, 4, 6))
 """Tiles that are also compiled for a part of K: where large ones are too few, small ones are better than parts."""
 
-HALF_RAGGED = (Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 6))
+HALF_RAGGED = (Tile(64, 64, 64, 4, 6),)
 """Tiles that are also compiled for a K that is not a multiple of their k, and for gelu by tanh."""
 
 FLOAT_TILES = (Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3))

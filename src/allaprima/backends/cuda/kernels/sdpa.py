@@ -47,7 +47,7 @@ def candidates(
     half = q.dtype in (torch.float16, torch.bfloat16)
     channels = q.shape[-1]
     found = []
-    if half and mask is None and channels % 8 == 0 and q.is_cuda:
+    if half and mask is None and channels % 8 == 0 and q.device.type != "cpu":
         found += [FLASH] if channels <= 256 else []
         found += [CUDNN] if channels <= 128 or (device.arch >= 90 and channels <= 256) else []
     return found or [ANY]

@@ -24,6 +24,7 @@ from .convolution import (
     fits,
     give,
     library_us,
+    refuses_parts,
     result,
     tile_us,
     tile_variants,
@@ -91,6 +92,8 @@ def supports(
         return "a target that is neither 2·n nor 2·n - 1"
     if tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
         return "a weight that is not 3×3 over the channels of x"
+    if refused := refuses_parts(parameters.tile):
+        return refused
     used = (weight,) if folded is None or not parameters.folded else (weight, folded)
     return fits((x,), used, bias, None, (x.shape[0], weight.shape[0], rows, columns))
 
