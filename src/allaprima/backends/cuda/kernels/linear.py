@@ -254,7 +254,7 @@ HALF_TILES = (
     Tile(64, 128, 64, 4, 5),
     Tile(64, 64, 64, 4, 6),
 )
-"""Tiles for f16 and bf16.  320 columns are five tiles of 64, 640 five of 128.  Two or three programs of those with few
+"""Tiles for f16 and bf16.  320 columns are 2.5 tiles of 128, 640 five.  Two or three programs of those with few
 stages share an SM and hide each other's start and end, which is half of the time where K is 320; those with more are
 for results of less than one tile an SM, where nothing else hides the memory's latency.  All fit the 99 KB of sm_86
 and sm_89, which hold one stage less."""
