@@ -93,14 +93,14 @@ SECTIONS = (
         "batches",
         "other sizes and batches",
         240,
-        (_bench("step", f"512x512,{ODD}", "eager,ours", "--batches 1,2,4,8 --repeats 5"),),
+        (_bench("step", f"512x512,{ODD}", "eager,ours", "--batches 1,2,4,8 --repeats 3"),),
     ),
     Section(
         "pictures",
         "prompt to picture, 50 steps; from a picture, and with a mask",
         420,
         (
-            _bench("e2e,img2img,inpaint", "512x512", "eager,ours", "--steps 50 --repeats 5"),
+            _bench("e2e,img2img,inpaint", "512x512", "eager,ours", "--steps 50 --repeats 3"),
             _bench("e2e", "768x768,1024x1024", "eager,ours", "--steps 50 --repeats 3"),
         ),
     ),

@@ -242,6 +242,12 @@ def _attention(arguments: Sequence[Any], device: Device) -> Iterator[Candidate]:
     for form in sdpa.candidates(q, k, v, mask, device):
         time = sdpa.estimate_us(q.shape, k.shape[1], q.itemsize, form, device)
         yield Candidate(f"aten {form.name}", _with(sdpa.attention, form), time)
+    if device.arch == 90:
+        from .kernels.hopper import attention as hopper_attention
+
+        for tile in hopper_attention.candidates(q, k, v, mask, scale, causal, device):
+            time = hopper_attention.estimate_us(q, k, tile, device)
+            yield Candidate(f"hopper flash {_named(tile)}", _with(hopper_attention.attention, tile), time)
     if attention.supports(q, k, v, mask, scale, causal):
         return
     batch, num_rows, heads, channels = q.shape

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MODULES = ("attention", "convolution", "group_norm", "layer_norm", "linear", "upsampling")
 """Files under kernels/ with `variants(dtype)`; what they share with others is yielded there too."""
 
-HOPPER_MODULES = ("hopper.convolution",)
+HOPPER_MODULES = ("hopper.attention", "hopper.convolution")
 """The same for one generation only: imported only for it, since these are written in Gluon."""
 
 
