@@ -68,7 +68,7 @@ def build(
     if name == "cuda":
         from .cuda.executable import CudaExecutable
 
-        return CudaExecutable(graph, config, volatile, device), "cuda"
+        return CudaExecutable(graph, config, dtype, device, volatile), "cuda"
     from . import openvino
 
     # The engine looks at the weights' versions before every run and binds again where one changed, so the model may

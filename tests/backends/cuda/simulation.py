@@ -66,7 +66,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(
         graph: Graph, config: Config, dtype: torch.dtype, device: torch.device, volatile: frozenset[str]
     ) -> tuple[CudaExecutable, str]:
-        return CudaExecutable(graph, config, volatile, torch.device("cpu", 0)), "cuda"
+        return CudaExecutable(graph, config, dtype, torch.device("cpu", 0), volatile), "cuda"
 
     monkeypatch.setattr("allaprima.runner.build", build)
     monkeypatch.setattr("allaprima.engine.preferred", lambda config, device: ("cuda", ""))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from allaprima.backends.cuda.compile import MODULES, Checked, every_variant, one_of_each, problems
+from allaprima.backends.cuda.compile import HOPPER_MODULES, MODULES, Checked, every_variant, one_of_each, problems
 from allaprima.backends.cuda.kernels.variant import ARCHES
 
 
@@ -63,3 +63,8 @@ def test_what_fails_and_what_fits_nowhere_is_told() -> None:
     assert problems([good, large]) == []
     assert "no form" in problems([large, Checked(second, 86, 0, None)])[0]
     assert "bad" in problems([Checked(second, 90, 0, "bad"), Checked(second, 90, 0, None)])[0]
+
+
+def test_forms_for_one_generation_are_in_dtypes_that_it_multiplies() -> None:
+    assert [v.name for v in every_variant([torch.float32], HOPPER_MODULES)] == []
+    assert every_variant([torch.float16], HOPPER_MODULES)

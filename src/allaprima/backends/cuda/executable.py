@@ -34,6 +34,7 @@ class CudaExecutable:
     Until the kernels are compiled, which happens once a machine, it runs on ATen.
 
     graph     what it computes
+    dtype     in which most of it is computed; the few kernels for others are compiled when they are launched first
     volatile  names of the inputs that come from the caller: they are copied to the graph's own tensors.  The others are
               buffers of earlier stages, which stay at their addresses and are read where they are, unless they are rows
               of a table
@@ -41,8 +42,10 @@ class CudaExecutable:
     failed    why the stage runs on ATen after all, or None
     """
 
-    def __init__(self, graph: Graph, config: Config, volatile: frozenset[str], device: torch.device) -> None:
-        self.graph, self.config = graph, config
+    def __init__(
+        self, graph: Graph, config: Config, dtype: torch.dtype, device: torch.device, volatile: frozenset[str]
+    ) -> None:
+        self.graph, self.config, self._dtype = graph, config, dtype
         self._index = device.index if device.index is not None else torch.cuda.current_device()
         self._device: Device = device_of(self._index)
         self._volatile = [p.meta["source"] in volatile for p in graph.placeholders(*INPUT_ROLES)]
@@ -102,9 +105,7 @@ class CudaExecutable:
     def _compiled(self) -> bool:
         """Whether the kernels are there."""
         if not self._ready:
-            dtypes = {w.dtype for w in self._weights.values() if w.dtype in COMPUTED}
-            asked = [ready(dtype, self._device) for dtype in dtypes]
-            self._ready = all(asked)
+            self._ready = self._dtype not in COMPUTED or ready(self._dtype, self._device)
             if self._ready:
                 self._instead = None
         return self._ready

@@ -500,6 +500,8 @@ def _parts(channels: int, split: bool) -> tuple[int, int]:
     return padded, 0
 
 
+DTYPES = (torch.float16, torch.bfloat16)
+
 CHANNELS = (40, 80, 160)
 """Of a head, that the kernel is made for."""
 
@@ -529,6 +531,8 @@ def form_of(dtype: torch.dtype, channels: int, blocks: Blocks) -> Form:
 
 def variants(dtype: torch.dtype) -> Iterator[Form]:
     """Every form that `attention` launches with tensors of `dtype` and parameters among `BLOCKS`."""
+    if dtype not in DTYPES:
+        return
     for channels, several in BLOCKS.items():
         for blocks in several:
             yield form_of(dtype, channels, blocks)
@@ -587,7 +591,7 @@ def supports(
         return "masks are not supported"
     if scale is not None and not scale > 0:
         return f"scale {scale} is not positive"
-    if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"{q.dtype}, {k.dtype}, {v.dtype} are not all f16 or all bf16"
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} are not [B, N, H, D] and twice [B, M, H, D]"
