@@ -12,7 +12,7 @@ from torch import nn
 import allaprima as ap
 from allaprima import engine as engine_module
 from allaprima.config import Config
-from allaprima.engine import Engine
+from allaprima.engine import Engine, Profile
 from allaprima.pipelines import engines
 
 
@@ -442,3 +442,26 @@ def test_a_stage_that_its_backend_cannot_build_runs_on_aten_and_is_told(monkeypa
     module = ap.optimize(nn.Linear(4, 4).eval(), Config(cache_dir=None))
     assert agrees(module, torch.randn(3, 4))
     assert "no primitive for this processor" in str(ap.explain(module))
+
+
+def test_a_list_of_timesteps_elsewhere_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(nn.Linear(2, 2), Config(cache_dir=None))
+    here = torch.arange(5)
+    assert engine._beside_weights(here) is here
+    monkeypatch.setattr("allaprima.engine._placement", lambda module: (torch.device("meta"), torch.float32))
+    there = engine._beside_weights(here)
+    assert there.device.type == "meta"
+    assert engine._beside_weights(here.clone()) is there, "the same numbers for the next picture"
+    assert engine._beside_weights(here + 1) is not there
+
+
+def test_a_timestep_of_a_list_is_taken_from_the_list_beside_the_weights() -> None:
+    profile = Profile(timestep="timestep")
+    engine = Engine(nn.Linear(2, 2), Config(cache_dir=None), profile)
+    table = torch.arange(5.0)
+    for args, kwargs in (((1, 2), {}), ((1,), {"timestep": 2})):
+        new_args, new_kwargs = engine._with_timestep((table, 3), args, kwargs)
+        found = new_kwargs.get("timestep", new_args[-1])
+        assert float(found) == 3.0
+        assert new_args[0] == 1
+    assert engine._with_timestep(None, (1, 2), {}) == ((1, 2), {})

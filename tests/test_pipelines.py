@@ -134,6 +134,21 @@ def test_option(pipe: Any, options: dict[str, Any]) -> None:
     assert no_fallbacks(pipe)
 
 
+def test_timesteps_stay_on_the_host(own: Any) -> None:
+    """Schedulers look at them one by one, and each look at a number on a GPU makes the host wait."""
+    first = own.scheduler
+    draw(own)
+    set_scheduler(own, "euler a")
+    draw(own)
+    for scheduler in (first, own.scheduler):
+        scheduler.set_timesteps(4, device="cuda")  # there need not be one
+        assert scheduler.timesteps.device.type == "cpu"
+        assert len(scheduler.timesteps) >= 4
+    ap.restore(own)
+    assert "set_timesteps" not in first.__dict__
+    assert "set_timesteps" not in own.scheduler.__dict__
+
+
 def test_pictures_are_pictures(pipe: Any) -> None:
     (image,) = draw(pipe, output_type="pil")
     assert isinstance(image, Image.Image)

@@ -119,6 +119,8 @@ class Engine:
         """Whether the versions of torch and its like stand for all of the module's code."""
         self._runners: dict[Key, list[Runner]] = {}
         self._hopeless: dict[Key, str] = {}
+        self._schedule: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The list of timesteps that was copied last: as it was, and beside the weights."""
 
     # -- in and out of the module
 
@@ -161,7 +163,9 @@ class Engine:
             return self._fall_back(reason, args, kwargs)
         key: Key | None = None
         try:
-            normal_args, normal_kwargs = self.profile.normalise(*args, **kwargs)
+            timesteps = self._timesteps(args, kwargs)
+            here_args, here_kwargs = self._with_timestep(timesteps, args, kwargs)
+            normal_args, normal_kwargs = self.profile.normalise(*here_args, **here_kwargs)
             call = self._read(normal_args, normal_kwargs)
             key = (*self._place, call.signature)
             runner, symbols = self._runner(call, key)
@@ -173,16 +177,38 @@ class Engine:
         self._bind(runner)
         self._check_budget(runner, symbols)
         with torch.no_grad():
-            leaves = runner(call.tensors, symbols, self._timesteps(args, kwargs))
+            leaves = runner(call.tensors, symbols, timesteps)
         return pytree.tree_unflatten(leaves, runner.program.outputs)
 
     def _timesteps(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, int] | None:
-        """All timesteps of the present run, and which of them this call is for."""
+        """All timesteps of the present run, where the weights are, and which of them this call is for."""
         if self.profile.timestep is None:
             return None
         timestep = kwargs.get(self.profile.timestep, args[1] if len(args) > 1 else None)
         rows = ((schedule, row_of(timestep, schedule)) for schedule in self.profile.schedules())
-        return next(((schedule, row) for schedule, row in rows if row is not None), None)
+        found = next(((schedule, row) for schedule, row in rows if row is not None), None)
+        return None if found is None else (self._beside_weights(found[0]), found[1])
+
+    def _beside_weights(self, schedule: torch.Tensor) -> torch.Tensor:
+        """A list of timesteps on the module's device: copied once a list, since each copy makes the host wait."""
+        device = _placement(self.module)[0]
+        if schedule.device == device:
+            return schedule
+        if self._schedule is None or self._schedule[1].device != device or not torch.equal(self._schedule[0], schedule):
+            self._schedule = schedule.clone(), schedule.to(device)
+        return self._schedule[1]
+
+    def _with_timestep(
+        self, timesteps: tuple[torch.Tensor, int] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with its timestep out of the list beside the weights."""
+        name = self.profile.timestep
+        if timesteps is None or name is None:
+            return args, kwargs
+        timestep = timesteps[0][timesteps[1]]
+        if name in kwargs:
+            return args, kwargs | {name: timestep}
+        return (args[0], timestep, *args[2:]), kwargs
 
     def _eager_reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Notice what changed; returns why this call has to run eagerly."""

@@ -266,6 +266,8 @@ def _checked(pipe: Any, optimized: Optimized, original: Callable[..., Any], *arg
     _install(pipe, optimized)
     given = inspect.signature(original).bind(*args, **kwargs).arguments
     _check_scheduler(pipe)
+    if "unet" in optimized.engines and "set_timesteps" not in pipe.scheduler.__dict__:  # it may have been exchanged
+        _wrap(pipe.scheduler, "set_timesteps", _on_the_host, optimized)
     for axis in ("height", "width"):
         size = given.get(axis)
         if size is not None and (not isinstance(size, Integral) or size % 8 or size < 0):  # 0 means the default
@@ -302,6 +304,15 @@ def _with_clip_skip(pipe: Any, original: Callable[..., Any], *args: Any, **kwarg
         return original(*args, **kwargs)
     finally:
         del encoder.__dict__["text_model"]
+
+
+def _on_the_host(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`set_timesteps` that leaves the timesteps on the host: schedulers look at them one by one at every step, and a
+    look at a number on a GPU makes the host wait for everything before it."""
+    given = inspect.signature(original).bind(*args, **kwargs)
+    if torch.device(given.arguments.get("device") or "cpu").type == "cuda":
+        given.arguments["device"] = "cpu"
+    return original(*given.args, **given.kwargs)
 
 
 def _postprocessed(guard: NumericsGuard, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
