@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.nn import functional as F
 
-from allaprima.fingerprint import StructureWatch, WeightsWatch, adapters, structure, structure_key
+from allaprima.fingerprint import StructureWatch, WeightsWatch, _identical, adapters, structure, structure_key
 from tests.tiny import tiny_bert, tiny_clip, tiny_unet, tiny_vae
 
 CHANGES: dict[str, Callable[[Any], None]] = {
@@ -229,3 +229,8 @@ def test_adapters_are_found_active_or_not() -> None:
     assert adapters(module) == ["ink"]
     module.disable_adapters()
     assert adapters(module) == ["ink"]
+
+
+@pytest.mark.parametrize("now, same", [([1, 2], True), ([1], False), ([1, 2, 3], False), ([2, 1], False), ([], False)])
+def test_the_same_objects_and_as_many(now: list[int], same: bool) -> None:
+    assert _identical(iter(now), [1, 2]) is same

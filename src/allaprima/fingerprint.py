@@ -168,7 +168,7 @@ class StructureWatch:
     def unchanged(self) -> bool:
         same_code = all(_forward_of(kind) is forward for kind, forward in self._forwards)
         same_numbers = [_version(t) for t in self._tensors] == self._versions
-        return same_code and same_numbers and _identical(self._read(), self._values)
+        return same_code and same_numbers and _identical(chain.from_iterable(self._views), self._values)
 
     def hooked(self) -> str | None:
         """Which inner part has a forward hook or another forward, which an engine would bypass."""
@@ -217,8 +217,12 @@ def _replacement(part: nn.Module) -> str | None:
     return None if plain else "its forward was replaced"
 
 
-def _identical(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(map(is_, now, before))
+def _identical(now: Iterable[Any], before: Iterable[Any]) -> bool:
+    """Whether both hold the same objects in the same order.  The mark at their ends tells which is longer."""
+    return all(map(is_, chain(now, (_END,)), chain(before, (_END,))))
+
+
+_END = object()
 
 
 def _only_recorders(part: nn.Module) -> bool:
@@ -251,7 +255,8 @@ class WeightsWatch:
         return [t._version for t in self._versioned], [t.data_ptr() for t in self._tensors]
 
     def unchanged(self) -> bool:
-        return _identical(self._read(), self._held) and self._look() == self._state
+        held = chain.from_iterable(map(dict.values, self._holders))
+        return _identical(held, self._held) and self._look() == self._state
 
 
 def adapters(module: nn.Module) -> list[str]:
