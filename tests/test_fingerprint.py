@@ -231,6 +231,8 @@ def test_adapters_are_found_active_or_not() -> None:
     assert adapters(module) == ["ink"]
 
 
-@pytest.mark.parametrize("now, same", [([1, 2], True), ([1], False), ([1, 2, 3], False), ([2, 1], False), ([], False)])
+@pytest.mark.parametrize(
+    ("now", "same"), [([1, 2], True), ([1], False), ([1, 2, 3], False), ([2, 1], False), ([], False)]
+)
 def test_the_same_objects_and_as_many(now: list[int], same: bool) -> None:
     assert _identical(iter(now), [1, 2]) is same
