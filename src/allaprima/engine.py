@@ -190,12 +190,13 @@ class Engine:
         return None if found is None else (self._beside_weights(found[0]), found[1])
 
     def _beside_weights(self, schedule: torch.Tensor) -> torch.Tensor:
-        """A list of timesteps on the module's device: copied once a list, since each copy makes the host wait."""
+        """A list of timesteps on the module's device: copied once a list, since each copy makes the host wait, and in
+        float32, which is exact for them and what the stages compute with."""
         device = _placement(self.module)[0]
         if schedule.device == device:
             return schedule
         if self._schedule is None or self._schedule[1].device != device or not torch.equal(self._schedule[0], schedule):
-            self._schedule = schedule.clone(), schedule.to(device)
+            self._schedule = schedule.clone(), schedule.to(device=device, dtype=torch.float32)
         return self._schedule[1]
 
     def _with_timestep(

@@ -440,8 +440,14 @@ def supports(
 
 def refuses_parts(tile: Tile, num_sources: int = 1) -> str | None:
     """Why `tile` cannot cut the sum of that many sources as it says; None: it can."""
-    whole = replace(tile, splits=1) in WHOLE_TILES
-    return "a tile for whole sums of one source" if whole and (tile.splits > 1 or num_sources > 1) else None
+    if tile.splits == 1 and num_sources == 1:
+        return None
+    return "a tile for whole sums of one source" if _cut(tile, 1) in WHOLE_TILES else None
+
+
+@functools.cache
+def _cut(tile: Tile, splits: int) -> Tile:
+    return replace(tile, splits=splits)
 
 
 def fits(
@@ -790,10 +796,9 @@ def candidate_tiles(work: Work, itemsize: int, device: Device, num_sources: int 
             continue
         wanted = max(2, resident(tile, itemsize, device)) * device.num_sms
         for splits in SPLITS:
-            cut = replace(tile, splits=splits)
             deep = work.steps(tile) // num_sources >= 4 * splits
             fills = deep and work.tiles(tile) * splits * num_sources <= wanted
-            if not refuses_parts(cut, num_sources) and (splits == 1 or fills):
+            if (splits == 1 or fills) and not refuses_parts(cut := _cut(tile, splits), num_sources):
                 found.append(cut)
     return found
 
