@@ -45,6 +45,14 @@ class SimulatedPool(GraphPool):
     def __init__(self) -> None:
         self.device, self.lock = torch.device("cpu", 0), RLock()
         self._recorded = OrderedDict()
+        self.block_bytes = 0
+
+    def _empty_cache(self) -> None:
+        pass
+
+    def _renew(self, block_bytes: int) -> None:
+        self.clear()
+        self.block_bytes = block_bytes
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import allaprima as ap
-from allaprima.backends.cuda import graphs
+from allaprima.backends.cuda import executable as executable_module
+from allaprima.backends.cuda import graphs, plan
 from allaprima.bench.workloads import aliased
 from allaprima.config import Config
 from allaprima.pipelines import eager, engines
@@ -239,6 +240,142 @@ def test_the_pools_growth_is_not_the_graphs(ours: Any) -> None:
         sample, prompt = inputs(96, 96)
         step(ours, sample, t, prompt)
     assert pool.graph_bytes() < 64 << 20
+
+
+def blocks_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the pool's blocks from now on, to the byte; the first plan takes one."""
+    pool, taken = graphs.pool_of(0), list[int]()
+    renew = pool._renew
+
+    def watched(block_bytes: int) -> None:
+        taken.append(block_bytes)
+        renew(block_bytes)
+
+    pool.clear()
+    pool.block_bytes = 0
+    monkeypatch.setattr(pool, "_renew", watched)
+    monkeypatch.setattr(graphs, "BLOCK_GRAIN", 512)
+    monkeypatch.setattr(plan._Block, "LEAST", 0)  # or the small tensors of a test would need no place
+    return taken
+
+
+def test_the_block_grows_for_a_larger_size_and_only_then_graphs_go(
+    pipe: Any, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = blocks_taken(monkeypatch)
+    t = timesteps(ours)[0]
+    grown, records = [], []
+    for height in (16, 32, 16, 64, 32, 16, 64):
+        before = len(taken)
+        sample, prompt = inputs(height, 16)
+        for _ in range(2):
+            assert_right(step(ours, sample, t, prompt), step(pipe, sample, t, prompt))
+        grown.append(len(taken) > before)
+        records.append(executable(ours).records)
+    assert grown == [True, True, False, True, False, False, False]
+    assert records == [1, 2, 3, 4, 5, 6, 6], "a graph of a known size is recorded once after each growth"
+    assert taken == sorted(set(taken))
+
+
+def test_pictures_are_right_while_the_block_grows(pipe: Any, ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a picture too: the VAE needs more than the UNet, whose graph goes and comes back."""
+    taken = blocks_taken(monkeypatch)
+    arguments = dict(prompt="a red apple", num_inference_steps=3, output_type="np", height=64)
+    for turn in range(2):
+        for width in (64, 96, 128):
+            before = len(taken)
+            eager, made = (
+                torch.from_numpy(p(**arguments, width=width, generator=torch.Generator().manual_seed(3)).images)
+                for p in (pipe, ours)
+            )
+            assert (eager - made).abs().mean() < 0.01
+            assert (len(taken) > before) == (turn == 0)
+    assert not ap.explain(ours).fallbacks
+
+
+def bytes_in(memory: Any) -> tuple[int, int]:
+    """What the allocator holds in one pool, and in others that are not its general one."""
+    segments = [(tuple(s["segment_pool_id"]), s["total_size"]) for s in torch.cuda.memory_snapshot()]
+    inside = sum(size for pool, size in segments if pool == tuple(memory.id))
+    return inside, sum(size for pool, size in segments if pool not in {tuple(memory.id), (0, 0)})
+
+
+@pytest.mark.gpu
+def test_a_grown_pool_is_one_block_and_the_old_one_is_given_back() -> None:
+    pool = graphs.GraphPool(torch.device("cuda", 0))
+    others = bytes_in(pool.memory)[1]
+    x = torch.ones(1000, 1000, device="cuda", dtype=torch.float16)
+
+    def work(megabytes: int) -> list[Any]:
+        """Three tensors at once, and a product by cuBLAS, whose workspace must not lie in the pool."""
+        parts = [torch.zeros(megabytes << 20, dtype=torch.uint8, device="cuda") for _ in range(3)]
+        return [x @ x + parts[0][0] + parts[2][-1]]
+
+    for number, megabytes in enumerate((20, 50, 90)):
+        pool.reserve((3 * megabytes + 10) << 20)
+        assert len(pool) == 0
+        inside, outside = bytes_in(pool.memory)
+        assert outside <= others, "the old pool's memory"
+        assert inside >= pool.block_bytes
+        expected = pool.run(lambda m=megabytes: work(m))[0]  # type: ignore[misc]
+        pool.record((number, "a"), [], lambda m=megabytes: work(m))  # type: ignore[misc]
+        replayed = pool.replay((number, "a"), [])
+        assert replayed is not None
+        assert torch.equal(replayed[0], expected)
+        assert bytes_in(pool.memory)[0] == inside, "nothing was taken beside the block"
+        pool.reserve((3 * megabytes) << 20)
+        assert len(pool) == 1, "what is large enough stays"
+    pool.clear()
+
+
+@pytest.mark.gpu
+def test_after_a_failed_recording_there_is_a_block_again() -> None:
+    pool = graphs.GraphPool(torch.device("cuda", 0))
+    pool.reserve(64 << 20)
+    x = torch.ones(1000, device="cuda")
+    with pytest.raises(RuntimeError):
+        pool.record((0, "bad"), [x], lambda: [x * float(x.sum())])
+    assert bytes_in(pool.memory)[0] >= pool.block_bytes >= 64 << 20
+    pool.clear()
+
+
+@pytest.mark.gpu
+def test_a_block_for_which_memory_is_short_is_not_taken() -> None:
+    pool = graphs.GraphPool(torch.device("cuda", 0))
+    pool.reserve(1 << 45)
+    x = torch.ones(1000, device="cuda")
+    assert torch.equal(pool.run(lambda: [x + 1])[0], x + 1)
+    pool.clear()
+
+
+@pytest.mark.gpu
+def test_memory_of_many_sizes_is_that_of_the_largest(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = graphs.GraphPool(torch.device("cuda", 0))
+    needs: list[int] = []
+    reserve = pool.reserve
+
+    def watched(nbytes: int) -> None:
+        needs.append(nbytes)
+        reserve(nbytes)
+
+    monkeypatch.setattr(pool, "reserve", watched)
+    for module in (executable_module, graphs):
+        monkeypatch.setattr(module, "pool_of", lambda index: pool)
+    others = bytes_in(pool.memory)[1]
+    own = aliased(pipe)
+    ap.optimize(own)
+    for size in (512, 768, 1024, 768, 512):
+        for _ in range(2):
+            own(prompt="a red apple", num_inference_steps=3, output_type="latent", width=size, height=size)
+            latents = torch.randn(1, 4, size // 8, size // 8, device="cuda").to(DTYPE)
+            with torch.no_grad():
+                own.vae.decode(latents)
+    inside, outside = bytes_in(pool.memory)
+    assert max(needs) > 100 << 20, "or the small pieces would count for too much"
+    assert inside <= 1.15 * max(needs) + graphs.BLOCK_GRAIN
+    assert outside <= others
+    ap.restore(own)
+    pool.clear()
 
 
 def test_inference_mode_and_without_in_turn(pipe: Any, ours: Any) -> None:

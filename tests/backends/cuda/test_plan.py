@@ -14,7 +14,7 @@ from allaprima.backends.aten import AtenExecutable
 from allaprima.backends.cuda import plan as plan_module
 from allaprima.backends.cuda.choose import OPERATORS, choose
 from allaprima.backends.cuda.device import KNOWN, Device
-from allaprima.backends.cuda.plan import Plan, arguments_of, lower
+from allaprima.backends.cuda.plan import Plan, _Block, arguments_of, lower, needed_bytes
 from allaprima.graph import Graph, aten
 from allaprima.rewrite import rewrite, rules_for
 from allaprima.stage import Program, Time, cut
@@ -144,6 +144,61 @@ def test_the_first_run_frees_what_nobody_reads_any_more(
         run(staged, unet, unet_call(1, 2, 2, 3, device=device), keep)
     assert len(made) > 100
     assert max(alive) < len(made) / 4
+
+
+def test_places_in_a_block_are_apart_and_free_ones_merge() -> None:
+    block, unit = _Block(), 3 << 20
+    places = [block.take(unit * n) for n in (4, 1, 2, 1)]
+    assert [p[0] // unit for p in places] == [0, 4, 5, 7]
+    assert block.used == 8 * unit
+    block.give(places[0])
+    block.give(places[2])
+    assert block.take(2 * unit) == places[2], "the smallest that is large enough"
+    block.give(places[2])
+    block.give(places[1])
+    assert block.take(7 * unit) == (0, 7 * unit), "four, one and two were one piece again"
+    assert block.used == 8 * unit
+    assert block.take(1 << 20) == (0, 0), "small tensors lie elsewhere"
+
+
+def test_a_plans_place_is_what_lives_at_once_and_little_more(
+    program: tuple[Any, Program], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held against the memory of the tensors that are alive while the stages run for the first time."""
+    unet, staged = program
+    monkeypatch.setattr(_Block, "LEAST", 0)  # the tensors of a test are small
+    live: dict[int, int] = {}
+    peak = 0
+    call = plan_module._call
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal peak
+        value = call(*arguments)
+        for tensor in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in live:
+                storage = tensor.untyped_storage()
+                live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, live.pop, storage._cdata, None)
+                peak = max(peak, sum(live.values()))
+        return value
+
+    needs: list[tuple[int, int]] = []
+
+    def measured(g: Graph, weights: dict[str, torch.Tensor], inputs: list[Any]) -> list[Any]:
+        nonlocal peak
+        given = arguments_of(g, weights, inputs)
+        live.clear()
+        peak = 0
+        made = lower(g, given, H100)[1]
+        needs.append((needed_bytes(g, given), peak))
+        return made
+
+    monkeypatch.setattr(plan_module, "_call", watched)
+    monkeypatch.setattr(plan_module, "choose", lambda *asked: None)
+    with torch.no_grad():
+        run(staged, unet, unet_call(2, 8, 12, 5, device=device), measured)
+    needed, most = needs[-1]
+    assert most <= needed < 1.2 * most
 
 
 def slots(template: Any) -> set[int]:

@@ -19,7 +19,7 @@ from ..aten import AtenExecutable
 from ..base import INPUT_ROLES
 from .device import Device, device_of
 from .graphs import GraphPool, pool_of
-from .plan import Plan, arguments_of, lower
+from .plan import Plan, arguments_of, lower, needed_bytes
 from .warming import ready
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32)
@@ -79,7 +79,7 @@ class CudaExecutable:
         plan = self._plans.get(key)
         if plan is None:
             try:
-                return self._pool.run(lambda: self._first(key, inputs))
+                return self._planned(key, inputs)
             except Exception as error:  # a compiler and a driver raise anything
                 if is_out_of_memory(error):
                     raise
@@ -116,10 +116,17 @@ class CudaExecutable:
             self._instead.bind(self._weights)
         return self._instead
 
-    def _first(self, key: Any, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
-        with _full_precision():
-            plan, results = lower(self.graph, arguments_of(self.graph, self._weights, inputs), self._device)
-        self._plans[key] = plan
+    def _planned(self, key: Any, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
+        """The results of the first run at these sizes, which makes the plan."""
+        given = arguments_of(self.graph, self._weights, inputs)
+        self._pool.reserve(needed_bytes(self.graph, given))
+
+        def first() -> list[Any]:
+            with _full_precision():
+                self._plans[key], results = lower(self.graph, given, self._device)
+            return results
+
+        results = self._pool.run(first)
         while len(self._plans) > self.config.max_plans:
             self._plans.popitem(last=False)
         return results

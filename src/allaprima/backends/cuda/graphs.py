@@ -8,13 +8,16 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from threading import RLock
+from threading import RLock, local
 from typing import Any
 
 import torch
 
 GRAPH_BUDGET_BYTES = 256 << 20
 """What recorded graphs may take besides the pool; the one that was replayed longest ago goes first."""
+
+BLOCK_GRAIN = 16 << 20
+"""The pool's block is a multiple of it."""
 
 
 class Recorded:
@@ -54,6 +57,8 @@ class GraphPool:
         self._last = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._recorded: OrderedDict[tuple[int, Any], Recorded] = OrderedDict()
         self._failed: list[torch.cuda.CUDAGraph] = []
+        self._thread = local()
+        self.block_bytes = 0
         self._begin()
         # Graphs have to go before the pool and before CUDA does; when the interpreter ends, nothing else sees to that.
         atexit.register(self._end)
@@ -90,9 +95,56 @@ class GraphPool:
         self.stream.wait_stream(stream)
         try:
             with torch.cuda.stream(self.stream):
+                self._let_cublas_begin()
                 yield
         finally:
             stream.wait_stream(self.stream)
+
+    def _let_cublas_begin(self) -> None:
+        """cuBLAS takes a workspace for each thread and stream for ever: in the pool, it would hold a block back that
+        is to be given up."""
+        if not getattr(self._thread, "has_cublas", False):
+            x = torch.zeros(16, 16, dtype=torch.float16, device=self.device)
+            torch.mm(x, x)
+            torch.addmm(x[0], x, x)
+            self._thread.has_cublas = True
+
+    def reserve(self, nbytes: int) -> None:
+        """Let the pool be one block in which a plan that needs `nbytes` finds its place.
+
+        Left alone, the allocator takes a block for each size of tensor, and keeps those of one picture size beside
+        those of the next.  When the block grows all graphs go, to be recorded again at their next use, and the GPU is
+        waited for.
+        """
+        nbytes += nbytes // 32  # small workspaces of kernels
+        with self.lock:
+            if nbytes > self.block_bytes:
+                self._empty_cache()
+                self._renew(-(-nbytes // BLOCK_GRAIN) * BLOCK_GRAIN)
+
+    def _renew(self, block_bytes: int) -> None:
+        """A new pool of one block instead of this one, whose memory goes back to CUDA before.
+
+        Where memory is short the block is not had: plans may find their place in smaller ones.
+        """
+        self._end()
+        self._begin()
+        self.block_bytes = block_bytes
+        if block_bytes and self._can_split(block_bytes):
+            pool = torch.cuda.use_mem_pool(self.memory, self.device)
+            with self._turn(), suppress(torch.OutOfMemoryError), self._aside(), pool:
+                # Freed at once, it stays in the pool, and later tensors are split off it.
+                torch.empty(block_bytes, dtype=torch.uint8, device=self.device)
+
+    def _empty_cache(self) -> None:
+        """Give back what the allocator keeps outside of the pool: inside of it, it would not do so for a new block."""
+        with suppress(RuntimeError):  # somebody else may be recording
+            torch.cuda.empty_cache()
+
+    def _can_split(self, nbytes: int) -> bool:
+        """Whether the allocator splits such a block; users of small GPUs often forbid it (max_split_size_mb)."""
+        limit: int = torch.cuda.memory_stats(self.device).get("max_split_size", -1)
+        return limit <= 0 or nbytes < limit
 
     def run(self, work: Callable[[], list[Any]]) -> list[Any]:
         """Run without recording, in the pool's memory."""
@@ -153,8 +205,7 @@ class GraphPool:
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(index, self.memory.id)
             torch._C._cuda_releasePool(index, self.memory.id)
-        self._end()
-        self._begin()
+        self._renew(self.block_bytes)
 
     def _beside_the_allocator(self) -> int:
         """Bytes in use on the GPU that torch's allocator knows nothing of: among them, recorded graphs."""

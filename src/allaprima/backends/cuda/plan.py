@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ...graph import Graph, SizeSpec, target_name
+from ...graph import Graph, SizeSpec, TensorSpec, evaluate_shape, target_name
 from ..base import INPUT_ROLES
 from .choose import Choice, choose
 from .device import Device
@@ -184,3 +187,107 @@ def arguments_of(graph: Graph, weights: Mapping[str, torch.Tensor], inputs: Sequ
     """A value for each placeholder: the inputs in order, and the weights by name."""
     given = iter(inputs)
     return {p.name: next(given) if p.meta["role"] in INPUT_ROLES else weights[p.name] for p in graph.placeholders()}
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def needed_bytes(graph: Graph, given: Mapping[str, Any]) -> int:
+    """Size of a block of memory in which torch's allocator finds a place for each value of a run.
+
+    It is more than what lives at once, because the free pieces between others may be too small.  What kernels take for
+    themselves is not counted.  0 where the values' sizes do not follow from those of the arguments.
+
+    given  a value for each placeholder: of tensors only the shapes are read
+    """
+    symbols, last_read = _symbols(graph, given), _last_reads(graph)
+    block = _Block()
+    roots: dict[Node, Node] = {}  # of a view, the value in whose memory it lies
+    alive: Counter[Node] = Counter()
+    places: dict[Node, tuple[int, int]] = {}
+    for node in graph.fx.nodes:
+        if node.op != "call_function":
+            continue
+        root = roots[node] = _root(node, roots)
+        alive[root] += 1
+        if root is node:
+            try:
+                places[node] = block.take(_nbytes(node.meta.get("spec"), symbols))
+            except NameError:  # a size that no argument has as it is
+                return 0
+        for read in last_read.get(node, ()):
+            root = roots.get(read, read)
+            alive[root] -= 1
+            if not alive[root] and root in places:
+                block.give(places.pop(root))
+    return block.used
+
+
+def _symbols(graph: Graph, given: Mapping[str, Any]) -> dict[str, int]:
+    """Numbers for the symbols in the placeholders' shapes."""
+    symbols: dict[str, int] = {}
+    for node in graph.placeholders():
+        spec, value = node.meta["spec"], given[node.name]
+        if isinstance(spec, TensorSpec):
+            symbols |= {dim: size for dim, size in zip(spec.shape, value.shape, strict=True) if isinstance(dim, str)}
+        elif isinstance(spec, SizeSpec) and isinstance(spec.expr, str):
+            symbols[spec.expr] = value
+    return symbols
+
+
+def _nbytes(spec: Any, symbols: Mapping[str, int]) -> int:
+    if isinstance(spec, TensorSpec):
+        return math.prod(evaluate_shape(spec.shape, symbols)) * spec.dtype.itemsize
+    return sum(_nbytes(s, symbols) for s in spec) if isinstance(spec, tuple) else 0
+
+
+def _root(node: Node, roots: Mapping[Node, Node]) -> Node:
+    """The value in whose memory a call's result lies: its own, or that of the argument that it is a view of.
+
+    A tensor that is made contiguous is taken for one that is so already, as our kernels' results are.
+    """
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    view = node.target is operator.getitem or any(r.alias_info is not None for r in returns)
+    source = node.all_input_nodes[0] if view and node.all_input_nodes else node
+    kinds = [getattr(n.meta.get("spec"), "dtype", None) for n in (node, source)]
+    changed = None not in kinds and kinds[0] != kinds[1]  # `to` gives its argument back where it changes nothing
+    return node if changed else roots.get(source, source)
+
+
+class _Block:
+    """Where torch's caching allocator places large tensors in one block without end: in the smallest free piece.
+
+    used  bytes from its start that were in use at some time
+    """
+
+    GRAIN = 512
+    LEAST = 1 << 20
+    """What is not larger lies elsewhere, and is not split off when the rest of a piece is no larger."""
+
+    def __init__(self) -> None:
+        self._free = [(0, 1 << 60)]
+        self.used = 0
+
+    def take(self, nbytes: int) -> tuple[int, int]:
+        """A place (start, end) for a tensor."""
+        if nbytes <= self.LEAST:
+            return 0, 0
+        nbytes = -(-nbytes // self.GRAIN) * self.GRAIN
+        piece = min((p for p in self._free if p[1] - p[0] >= nbytes), key=lambda p: (p[1] - p[0], p[0]))
+        self._free.remove(piece)
+        start, end = piece
+        if end - start - nbytes > self.LEAST:
+            self._free.append((start + nbytes, end))
+            end = start + nbytes
+        self.used = max(self.used, end)
+        return start, end
+
+    def give(self, place: tuple[int, int]) -> None:
+        """A place is free again, and one with its free neighbours."""
+        start, end = place
+        if start == end:
+            return
+        for piece in [p for p in self._free if start in p or end in p]:
+            self._free.remove(piece)
+            start, end = min(start, piece[0]), max(end, piece[1])
+        self._free.append((start, end))
