@@ -18,7 +18,7 @@ from allaprima.backends.cuda import executable as executable_module
 from allaprima.backends.cuda import graphs, plan
 from allaprima.bench.workloads import aliased
 from allaprima.config import Config
-from allaprima.pipelines import eager, engines
+from allaprima.pipelines import eager, engines, set_scheduler
 from allaprima.stage import Time
 from tests.backends.cuda.simulation import simulate
 from tests.tiny import tiny_pipeline, tiny_unet
@@ -171,6 +171,27 @@ def test_the_loop_never_waits_for_the_gpu(ours: Any) -> None:
             latents = latents - 0.1 * step(ours, latents, t, prompt)
     with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
         latents.sum().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheduler", ["PNDM", "DDIM", "Euler", "DPM++ 2M"])
+def test_no_step_of_a_picture_waits_for_the_gpu(ours: Any, scheduler: str) -> None:
+    """Not in the scheduler either: the host is ahead by whole steps, whatever it does between them."""
+    set_scheduler(ours, scheduler)
+    steps, seen = 6, []
+
+    def watch(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(index)
+        torch.cuda.set_sync_debug_mode("error" if 1 <= index < steps - 2 else "default")
+        return values
+
+    try:
+        for _ in range(2):  # planned and recorded
+            ours("a red apple", num_inference_steps=steps, output_type="latent")
+        ours("a red apple", num_inference_steps=steps, output_type="latent", callback_on_step_end=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(seen) >= steps
 
 
 def test_two_sizes_in_turn(pipe: Any, ours: Any) -> None:
