@@ -67,7 +67,9 @@ def _start(dtype: torch.dtype, device: Device) -> subprocess.Popen[bytes] | None
     command = [sys.executable, "-m", __name__, "--arch", str(device.arch), "--dtype", name, "--done", str(done)]
     paths = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     try:
-        process = subprocess.Popen(command, env=paths, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        # What a compiler says of a form that fails is not for the user's terminal; the file at the end has it.
+        nowhere = subprocess.DEVNULL
+        process = subprocess.Popen(command, env=paths, stdin=nowhere, stdout=nowhere, stderr=nowhere)
     except OSError:
         return None
     told = f"compiling {len(variants)} kernels, once on this machine; PyTorch's run until they are there"
