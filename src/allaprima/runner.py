@@ -55,8 +55,10 @@ class Runner:
 
     def backend(self, time: Time) -> str:
         """In words, which backend runs a stage and why."""
-        failed = getattr(self.executables[time], "failed", None)
-        return f"aten: {failed}" if failed else self.backends[time]
+        executable = self.executables[time]
+        if failed := getattr(executable, "failed", None):
+            return f"aten: {failed}"
+        return "aten until the kernels are compiled" if getattr(executable, "waits", False) else self.backends[time]
 
     def bind(self, sources: Sources) -> bool:
         """Give changed weights to the stages that read them.  returns whether a bound stage was built again."""

@@ -435,27 +435,37 @@ def run(pipe: Any, points: Sequence[Case], device: Device, output: Path, *, seco
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from .command import _batches, _sizes, _words
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", help="an architecture with random weights: sd15")
-    parser.add_argument("--model", default="emoji")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--what", default="step,vae,text")
-    parser.add_argument("--sizes", default=None, help="WIDTHxHEIGHT,…; else the native size and its double")
-    parser.add_argument("--batches", default="1")
+    parser = parser_for(__doc__, what="step,vae,text", output="benchmarks/operators.jsonl")
     parser.add_argument(
         "--seconds", type=float, default=300.0, help="time for all; the most expensive calls come first"
     )
     parser.add_argument("--most", type=int, default=None, help="time only that many candidates of each call")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/operators.jsonl"))
     given = parser.parse_args(arguments)
     pipe = subject(given.arch, given.model, given.dtype, given.device)
-    points = cases(_words(given.what), _sizes(given.sizes, pipe), _batches(given.batches), 20)
+    points = points_of(given, pipe)
     told = run(pipe, points, device_at(pipe.device), given.output, seconds=given.seconds, most=given.most)
     print(told)
     return 0
+
+
+def parser_for(about: str | None, what: str, output: str) -> argparse.ArgumentParser:
+    """The options that say which network is looked at, at which points, and where the result goes."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", help="an architecture with random weights: sd15")
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--what", default=what)
+    parser.add_argument("--sizes", default=None, help="WIDTHxHEIGHT,…; else the native size and its double")
+    parser.add_argument("--batches", default="1")
+    parser.add_argument("--output", type=Path, default=Path(output))
+    return parser
+
+
+def points_of(given: argparse.Namespace, pipe: Any) -> list[Case]:
+    from .command import _batches, _sizes, _words
+
+    return cases(_words(given.what), _sizes(given.sizes, pipe), _batches(given.batches), 20)
 
 
 def device_at(place: torch.device) -> Device:

@@ -8,14 +8,12 @@ are counted to.  Times are those of the kernels: what a CUDA graph saves between
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +23,8 @@ from ..backends import settle
 from ..backends.cuda.device import Device
 from ..backends.cuda.plan import Launch, Plan
 from ..stage import Time
-from .operators import Call, device_at, floor_of
-from .workloads import WORKLOADS, Case, aliased, cases, subject
+from .operators import Call, device_at, floor_of, parser_for, points_of
+from .workloads import WORKLOADS, Case, aliased, subject
 
 CALLS = 5
 _PREFIX = "launch: "
@@ -142,21 +140,10 @@ def table(case: Case, rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from .command import _batches, _sizes, _words
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", help="an architecture with random weights: sd15")
-    parser.add_argument("--model", default="emoji")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--what", default="step")
-    parser.add_argument("--sizes", default=None, help="WIDTHxHEIGHT,…; else the native size and its double")
-    parser.add_argument("--batches", default="1")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/profile.json"))
-    given = parser.parse_args(arguments)
+    given = parser_for(__doc__, what="step", output="benchmarks/profile.json").parse_args(arguments)
     pipe = subject(given.arch, given.model, given.dtype, given.device)
     found: list[dict[str, Any]] = []
-    for case in cases(_words(given.what), _sizes(given.sizes, pipe), _batches(given.batches), 20):
+    for case in points_of(given, pipe):
         rows = profiled(pipe, case, device_at(pipe.device))
         found.append({"case": str(case), "rows": [asdict(row) for row in rows]})
         given.output.parent.mkdir(parents=True, exist_ok=True)

@@ -550,6 +550,7 @@ def test_until_the_kernels_are_compiled_it_runs_on_aten(pipe: Any, ours: Any, mo
     for t in times[:2]:
         assert_right(step(ours, sample, t, prompt), step(pipe, sample, t, prompt))
     assert not executable(ours).plans
+    assert "aten until the kernels are compiled" in str(ap.explain(ours))
     compiled = True
     for t in times[2:4]:
         assert_right(step(ours, sample, t, prompt), step(pipe, sample, t, prompt))

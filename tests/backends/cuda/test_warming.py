@@ -62,6 +62,33 @@ def test_where_no_process_can_be_started_kernels_are_compiled_when_launched(monk
     assert warming.ready(torch.float16, H100)
 
 
+def test_a_compiler_that_fails_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    process.wait()
+    monkeypatch.setattr(warming, "_running", {(torch.float16, 90): process})
+    with pytest.warns(RuntimeWarning, match="ended with 3"):
+        assert warming.ready(torch.float16, H100)
+    assert warming.ready(torch.float16, H100), "no second warning: they are errors here"
+
+
+def test_a_sample_does_not_say_that_all_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(warming, "compile_all", lambda variants, arch: ["a form: too large"])
+    assert warming.main(["--arch", "90", "--sample"]) == 1
+    assert not list(tmp_path.iterdir())
+    assert warming.main(["--arch", "90"]) == 1
+    assert (tmp_path / "90.txt").read_text() == "a form: too large"
+    assert "1 failed" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_it_asks_for_which(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        warming.main([])
+    assert "--arch" in capsys.readouterr().err
+
+
 def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
     monkeypatch.setattr(warming, "_running", {(torch.float16, 90): process})

@@ -94,6 +94,11 @@ class CudaExecutable:
         return self._pool.run(lambda: self._again(plan, inputs))
 
     @property
+    def waits(self) -> bool:
+        """Whether it runs on ATen until the kernels are compiled."""
+        return not self._compiled()
+
+    @property
     def plans(self) -> list[Plan]:
         """Of the sizes in use, the latest last."""
         return list(self._plans.values())

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,14 +35,25 @@ if TYPE_CHECKING:
 def ready(dtype: torch.dtype, device: Device) -> bool:
     """Whether the kernels for tensors of `dtype` are compiled; the first to ask sets the compiler going.
 
-    Also True where that ended badly: a kernel that is not there is compiled when it is launched first.
+    Also True where that ended badly, which is warned of once: a kernel that is not there is compiled when it is
+    launched first.
     """
     key = dtype, device.arch
     with _lock:
         if key not in _running:
             _running[key] = _start(dtype, device)
-    process = _running[key]
-    return process is None or process.poll() is not None
+        process = _running[key]
+        if process is None or process.poll() is None:
+            return process is None
+        _running[key] = None
+    if process.returncode:
+        warnings.warn(
+            f"compiling the kernels beside this process ended with {process.returncode}: what is missing is compiled "
+            "at its first launch, a second each. python -m allaprima.backends.cuda.warming tells what failed.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return True
 
 
 def wait(limit_s: float = 600.0) -> None:
@@ -67,7 +79,7 @@ def _start(dtype: torch.dtype, device: Device) -> subprocess.Popen[bytes] | None
     command = [sys.executable, "-m", __name__, "--arch", str(device.arch), "--dtype", name, "--done", str(done)]
     paths = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     try:
-        # What a compiler says of a form that fails is not for the user's terminal; the file at the end has it.
+        # What a compiler says of a form that fails is not for the user's terminal; that there was one, `ready` tells.
         nowhere = subprocess.DEVNULL
         process = subprocess.Popen(command, env=paths, stdin=nowhere, stdout=nowhere, stderr=nowhere)
     except OSError:
@@ -122,18 +134,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, help="compute capability × 10; default: of the GPU here")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
-    parser.add_argument("--done", type=Path, help="written at the end: the forms that failed, and why")
-    parser.add_argument("--sample", action="store_true", help="one form of each kernel")
+    parser.add_argument("--done", type=Path, help="written at the end, so that it is not done again: what failed")
+    parser.add_argument(
+        "--sample", action="store_true", help="one form of each kernel, without the mark that all are there"
+    )
     given = parser.parse_args(arguments)
+    if given.arch is None and not torch.cuda.is_available():
+        parser.error("there is no GPU here: say for which one with --arch, such as 80 (A100), 89 (RTX 4090), 90 (H100)")
     arch = given.arch or _arch_here()
     variants = every_variant([getattr(torch, given.dtype)], modules_of(arch))
-    done = given.done or _marker(variants, arch)
+    done = given.done or (None if given.sample else _marker(variants, arch))
     started = time.monotonic()
-    wrong = compile_all(one_of_each(variants) if given.sample else variants, arch)
-    done.parent.mkdir(parents=True, exist_ok=True)
-    done.write_text("\n".join(wrong), encoding="utf-8")
-    print("\n".join([*wrong, f"{len(variants)} forms in {time.monotonic() - started:.1f} s, {len(wrong)} failed"]))
-    return 0
+    forms = one_of_each(variants) if given.sample else variants
+    wrong = compile_all(forms, arch)
+    if done is not None:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text("\n".join(wrong), encoding="utf-8")
+    print("\n".join([*wrong, f"{len(forms)} forms in {time.monotonic() - started:.1f} s, {len(wrong)} failed"]))
+    return 1 if wrong else 0
 
 
 def _arch_here() -> int:
