@@ -670,6 +670,7 @@ class Work:
         return self.taps * ceil_div(self.channels, tile.k)
 
 
+@functools.cache
 def work_of(shape: Shape) -> Work:
     """The product that makes a convolution."""
     return Work(
@@ -825,10 +826,10 @@ def estimate_us(shape: Shape, itemsize: int, parameters: Parameters, device: Dev
         time += finish_us(1, num_out, itemsize, itemsize, True, device) if addend else 0.0
         cat_us = finish_us(1, work.input_elements, itemsize, itemsize, False, device)
         return time + (cat_us if shape.num_sources > 1 else 0.0)
+    if shape.num_sources == 1:
+        return tile_us(work, itemsize, parameters, device, addend)
     # Sources are parts of the sum that run one after the other.
     part = work_of(replace(shape, channels=ceil_div(shape.channels, shape.num_sources)))
     once = tile_us(part, itemsize, parameters, device, addend, shape.num_sources)
-    if shape.num_sources == 1:
-        return once
     adding = finish_us(parameters.splits * shape.num_sources, num_out, 4, itemsize, addend, device)
     return shape.num_sources * (once - adding) + adding

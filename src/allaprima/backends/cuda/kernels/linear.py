@@ -248,6 +248,11 @@ class Tile:
         return max(1, min(device.shared_bytes // self.shared_bytes(itemsize, device.arch), by_registers))
 
 
+@functools.cache
+def _cut(tile: Tile, splits: int) -> Tile:
+    return replace(tile, splits=splits)
+
+
 HALF_TILES = (
     Tile(128, 128, 64, 4, 3),
     Tile(64, 128, 64, 4, 3),
@@ -307,7 +312,7 @@ def variants(dtype: torch.dtype) -> Iterator[Variant]:
             if _compiled(dtype, tile, even_k, gelu):
                 yield _product_form(dtype, tile, 8, even_k, sources, addend, gelu, False)
         for sources in (1, 2):
-            if _compiled(dtype, replace(tile, splits=2), even_k, 0):
+            if _compiled(dtype, _cut(tile, 2), even_k, 0):
                 yield _product_form(dtype, tile, 8, even_k, sources, NO_ADDEND, 0, True)
     for sources, addend, gelu in ((1, 0, 0), (2, 0, 0), (1, ROWS, 0), (1, STRIDED, 0), (1, 0, 1), (1, 0, 2)):
         yield _product_form(dtype, GENERAL, 1, False, sources, addend, gelu, False)
@@ -322,7 +327,7 @@ def _compiled(dtype: torch.dtype, tile: Tile, even_k: bool, gelu: int) -> bool:
     """Whether there is a form of `tile`: those rarely asked for exist for a few tiles only."""
     if dtype == torch.float32:
         return True
-    whole = replace(tile, splits=1)
+    whole = _cut(tile, 1)
     return (
         (tile.splits == 1 or whole in SPLIT_TILES)
         and (gelu == 0 or whole in GATED_TILES)
@@ -384,11 +389,11 @@ class Problem:
     def refuses(self, tile: Tile) -> str | None:
         """Why `tile` cannot make this product; None if it can."""
         dtype = self.weight.dtype
-        if replace(tile, splits=1) == GENERAL:
+        if _cut(tile, 1) == GENERAL:
             return None if tile.splits == 1 else "the general tile does not split K"
         if not self.aligned():
             return "a size or stride is not a multiple of 8"
-        if replace(tile, splits=1) not in tiles_of(dtype):
+        if _cut(tile, 1) not in tiles_of(dtype):
             return f"{tile} is not compiled for {dtype}"
         if not 1 <= tile.splits <= MAX_SPLITS:
             return f"K is cut into 1 to {MAX_SPLITS} parts"
@@ -484,7 +489,7 @@ def _problem(
 def launches_of(problem: Problem, tile: Tile, out: torch.Tensor) -> tuple[Launch, ...]:
     """What makes `out` (its channels last): one launch, or two where K is split."""
     p, dtype = problem, out.dtype
-    general = replace(tile, splits=1) == GENERAL
+    general = _cut(tile, 1) == GENERAL
     align = 1 if general else 8
     even_k = not general and p.even_k(tile.k)
     stride_out = _row_stride(out)
@@ -781,7 +786,7 @@ def estimate_us(
     )
     if t.splits > 1:
         time += combine_us(t.splits, m, rows, device)
-    return time * (8.0 if replace(t, splits=1) == GENERAL else 1.0)
+    return time * (8.0 if _cut(t, 1) == GENERAL else 1.0)
 
 
 def together_us(*times: float) -> float:
@@ -823,7 +828,7 @@ def candidates(
             # Splitting pays only where SMs stand idle, and each part must be worth its start.
             if splits > 1 and (programs * splits > 3 * device.num_sms or steps < 3 * splits):
                 break
-            cut = replace(tile, splits=splits)
+            cut = _cut(tile, splits)
             if _compiled(dtype, cut, even_k, gelu if splits == 1 else 0):
                 found.append(cut)
     return found or [GENERAL]

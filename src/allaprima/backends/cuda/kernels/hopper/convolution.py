@@ -574,6 +574,23 @@ class Problem:
     def addend(self) -> torch.Tensor | None:
         return self.residual if self.embedding is None else self.embedding
 
+    @functools.cached_property
+    def unreadable(self) -> str | None:
+        """Why no tile can make this, whatever its sizes; None where some can."""
+        given = [t for t in (self.x, self.weight, self.bias, self.embedding, self.residual) if t is not None]
+        if len({t.dtype for t in given}) > 1 or self.x.dtype not in (torch.float16, torch.bfloat16):
+            return "dtypes that differ or are not f16 or bf16"
+        if not aligned(*given) or (self.bias is not None and self.bias.stride(0) != 1):
+            return "a tensor that does not start at a multiple of 16 bytes, or a strided bias"
+        if self.x.shape[1] % 8 or self.outputs % 8:
+            return "channels that are no multiple of 8"
+        strided = [pixels_of(t) for t in (self.x, self.weight, self.residual, self.embedding) if t is not None]
+        if any(s is None or not s.vector or not s.pixel for s in strided):
+            return "a layout that is not channels-last with strides that are multiples of 8"
+        if not self.x.numel():
+            return "no pixels or channels"
+        return "2³¹ elements" if max(_extent(t) for t in given) >= 2**31 else None
+
     def num_boxes(self) -> int:
         return self.taps * ceil_div(self.x.shape[1], BLOCK_K)
 
@@ -591,27 +608,17 @@ class Problem:
 def refuses(problem: Problem, tile: Tile) -> str | None:
     """Why `tile` cannot make this; None if it can."""
     p = problem
-    given = [t for t in (p.x, p.weight, p.bias, p.embedding, p.residual) if t is not None]
-    if len({t.dtype for t in given}) > 1 or p.x.dtype not in (torch.float16, torch.bfloat16):
-        return "dtypes that differ or are not f16 or bf16"
-    if not aligned(*given) or (p.bias is not None and p.bias.stride(0) != 1):
-        return "a tensor that does not start at a multiple of 16 bytes, or a strided bias"
+    if p.unreadable:
+        return p.unreadable
     if p.taps != tile.taps:
         return f"a tile for {tile.taps} taps"
-    if p.x.shape[1] % 8 or p.outputs % 8:
-        return "channels that are no multiple of 8"
-    strided = [pixels_of(t) for t in (p.x, p.weight, p.residual, p.embedding) if t is not None]
-    if any(s is None or not s.vector or not s.pixel for s in strided):
-        return "a layout that is not channels-last with strides that are multiples of 8"
-    if not p.x.numel():
-        return "no pixels or channels"
     if p.embedding is not None and p.residual is not None and tile.splits > 1:
         return "two addends of a split sum"
     if tile.images > 1 and tile.splits == 1:
         return "patches over several images whose sum is not split"
     if p.gated and (tile.splits > 1 or p.addend is not None):
         return "a gate with parts or an addend"
-    return "2³¹ elements" if max(_extent(t) for t in given) >= 2**31 else None
+    return None
 
 
 def _extent(x: torch.Tensor) -> int:
@@ -630,9 +637,7 @@ def launches_of(problem: Problem, tile: Tile, out: torch.Tensor, num_sms: int) -
 
 def _launch(p: Problem, tile: Tile, out: torch.Tensor, num_sms: int) -> Launch:
     partial = out.dim() == 3
-    form = _form(
-        p.x.dtype, replace(tile, splits=2) if partial else tile, p.residual is not None and not partial, p.gated
-    )
+    form = _form(p.x.dtype, _cut(tile, 2) if partial else tile, p.residual is not None and not partial, p.gated)
     batch, _, height, width = p.x.shape
     box = form.arguments
     x = _descriptors(p.x, box[:2])
@@ -640,7 +645,7 @@ def _launch(p: Problem, tile: Tile, out: torch.Tensor, num_sms: int) -> Launch:
     w = [b.of(lines) for b in box[2:4]]  # type: ignore[union-attr]
     target = p.x if partial else out
     results = _descriptors(target, box[4:6])
-    residuals = _descriptors(target if partial or p.residual is None else p.residual, box[6:8])
+    residuals = results if partial or p.residual is None else _descriptors(p.residual, box[6:8])
     images, rows, columns = p.num_patches(tile)
     num_m, num_n = images * rows * columns, ceil_div(p.outputs, tile.n + tile.more)
     units, boxes = num_m * num_n * tile.splits, p.num_boxes()
@@ -661,9 +666,15 @@ def _launch(p: Problem, tile: Tile, out: torch.Tensor, num_sms: int) -> Launch:
     )  # fmt: skip
 
 
+@functools.cache
+def _cut(tile: Tile, splits: int) -> Tile:
+    return replace(tile, splits=splits)
+
+
 def _descriptors(x: torch.Tensor, boxes: Sequence[Any]) -> list[Any]:
     """Descriptors of a channels-last tensor, seen as [H, B, W, C]: lines of a patch follow each other."""
-    return [box.of(x.permute(2, 0, 3, 1)) for box in boxes]
+    lines = x.permute(2, 0, 3, 1)
+    return [box.of(lines) for box in boxes]
 
 
 # ------------------------------------------------------------------------------------------------------------- call
@@ -959,7 +970,7 @@ def candidates(problem: Problem, device: Device) -> list[Tile]:
     else:
         found = list(CONV_TILES)
         for tile, splits in itertools.product(SPLIT_CONV_TILES, SPLITS):
-            split = replace(tile, splits=splits)
+            split = _cut(tile, splits)
             if problem.num_units(split) <= 1.1 * device.num_sms and problem.num_boxes() >= 3 * splits:
                 found.append(split)
     return [t for t in found if refuses(problem, t) is None and t.shared_bytes(problem.gated) <= device.shared_bytes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,7 +29,7 @@ class Tile:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def layout(self) -> NVMMASharedLayout:
         """In the shared memory: swizzled over as many bytes as a row has, 128 at most."""
         swizzle = min(128, self.shape[-1] * self.dtype.itemsize)
