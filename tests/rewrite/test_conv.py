@@ -120,6 +120,19 @@ def test_an_addend_goes_into_the_epilogue(name: str) -> None:
         check_equal(case.graph, case.module, randn(*shape))
 
 
+def test_of_two_convolutions_the_one_behind_takes_the_addend() -> None:
+    """Whichever is traced first: the other, a shortcut, may then run before the block and let its input go."""
+    for function in (
+        lambda m, x: F.conv2d(x, m.point) + F.conv2d(torch.sin(x), m.w, padding=1),
+        lambda m, x: F.conv2d(torch.sin(x), m.w, padding=1) + F.conv2d(x, m.point),
+    ):
+        case = Case(function, X, dims=dims, **WEIGHTS)
+        assert case.fires(ConvAdd()) == 1
+        (fused,) = case.graph.calls(ops.conv2d_add)
+        assert fused.args[0].target is aten.sin.default
+        check_equal(case.graph, case.module, randn(2, 4, 6, 5))
+
+
 CONV_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "number": (lambda m, x: F.conv2d(x, m.back, padding=1) + 1, ""),
     "itself": (lambda m, x: (lambda y: y + y)(F.conv2d(x, m.back)), ""),

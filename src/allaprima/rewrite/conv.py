@@ -100,12 +100,16 @@ class ConvAdd(Rule):
     roots = (aten.add.Tensor,)
 
     def match(self, node: Node) -> tuple[Node, Node, Node] | None:
-        """(addition, convolution, addend); of two convolutions the later one takes the other's result."""
+        """(addition, convolution, addend).
+
+        Of two convolutions the one whose input is computed later takes the other's result: a residual block's shortcut
+        is then free to run before the block, whose input may end there.
+        """
         terms: list[Any] = [a for a in node.args[:2] if is_tensor(a)]
         convs = [a for a in terms if is_call(a, aten.conv2d.default) and sole_user(a) is node]
         if len(terms) < 2 or terms[0] is terms[1] or not convs:
             return None
-        conv = max(convs)
+        conv = max(convs, key=source)
         return node, conv, terms[0] if terms[1] is conv else terms[1]
 
     def declines(self, found: tuple[Node, Node, Node]) -> str | None:

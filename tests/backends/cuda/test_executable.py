@@ -6,7 +6,7 @@ Where there is no GPU most of it runs in a simulation (simulation.py), which kno
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -569,3 +569,81 @@ def test_out_of_memory_is_no_reason_to_give_up(ours: Any, monkeypatch: pytest.Mo
             step(ours, sample, t, prompt)
     assert torch.isfinite(step(ours, sample, t, prompt)).all()
     assert executable(ours).failed is None
+
+
+@pytest.mark.gpu
+def test_a_run_takes_no_more_than_was_reserved_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first run and at the next, in which results are written over arguments too."""
+    pool = graphs.GraphPool(torch.device("cuda", 0))
+    pool.run(list)  # cuBLAS takes its workspace
+    needs: list[int] = []
+    taken: list[tuple[int, int]] = []
+    reserve, run = pool.reserve, pool.run
+
+    def noted(nbytes: int) -> None:
+        needs.append(nbytes)
+        reserve(nbytes)
+
+    def measured(work: Callable[[], list[Any]]) -> list[Any]:
+        first = len(needs) > sum(number > 0 for number, _ in taken)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        made = run(work)
+        taken.append((len(needs) if first else 0, torch.cuda.max_memory_allocated() - before))
+        return made
+
+    monkeypatch.setattr(pool, "reserve", noted)
+    monkeypatch.setattr(pool, "run", measured)
+    for module in (executable_module, graphs):
+        monkeypatch.setattr(module, "pool_of", lambda index: pool)
+    own = ap.load("emoji", dtype="float16", device="cuda")
+    ap.optimize(own, Config(cuda_graphs=False))
+    for _ in range(2):
+        own(prompt="a red apple", num_inference_steps=2, width=1024, height=1024)
+    assert max(needs) > 100 << 20, "or the small pieces would count for too much"
+    for number, nbytes in taken:
+        needed = needs[number - 1] if number else max(needs)
+        assert nbytes <= needed + needed // 32 + graphs.BLOCK_GRAIN
+    made = [x for e in engines(own).values() for r in e.runners() for x in r.executables.values()]
+    assert any("out" in launch.options for x in made for plan in x.plans for launch in plan.launches)
+    ap.restore(own)
+    pool.clear()
+
+
+@pytest.mark.gpu
+def test_many_weights_of_odd_sizes_hold_little_more_than_they_need() -> None:
+    """Loaded among others that have gone since, each would keep a segment of 20 MiB."""
+
+    class Sum(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            rows = torch.randint(3000, 7000, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+            made = [torch.zeros(n * times, 512, device="cuda", dtype=DTYPE) for n in rows for times in (1, 2)]
+            self.parts = torch.nn.ParameterList(made[::2])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.parts:
+                x = x + torch.nn.functional.linear(x, part)[:, :512]
+            return x
+
+    def lost() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - graphs.pool_of(0).block_bytes
+
+    before = lost()
+    module = Sum().eval().requires_grad_(False)
+    weights, scattered = sum(p.nbytes for p in module.parameters()), lost() - before
+    assert scattered > weights // 4, "or there is nothing to gain"
+    ap.optimize(module, Config(cuda_graphs=False))
+    x = torch.randn(2, 512, device="cuda", dtype=DTYPE)
+    held = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        module(x)
+    grown = torch.cuda.max_memory_reserved() - held - graphs.pool_of(0).block_bytes
+    assert grown < 64 << 20, "a slab, and cuBLAS's workspace"
+    assert lost() - before < weights // 40 + (24 << 20)
+    ap.restore(module)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in module.parameters())

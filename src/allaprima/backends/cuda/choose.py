@@ -36,12 +36,14 @@ class Choice(Candidate):
     target         the operator
     forms          its arguments, with a Form for each tensor
     num_arguments  how many of the operator's arguments it takes
+    writes_over    whether `out` may be the first argument, which then is laid out as the result would be
     reason         what else there was, in words
     """
 
     target: Any
     forms: tuple[Any, ...]
     num_arguments: int
+    writes_over: bool
     reason: str
 
     def arranged(self, arguments: Sequence[Any], options: Any) -> tuple[Any, ...]:
@@ -60,10 +62,16 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Operator:
-    """What is known of an operator: its candidates for given arguments, and how many arguments they take."""
+    """What is known of an operator.
+
+    candidates     the ways to run it for given arguments
+    num_arguments  how many arguments they take
+    writes_over    whether their `out` may be a given first argument; None: never
+    """
 
     candidates: Callable[[Sequence[Any], Device], Iterator[Candidate]]
     num_arguments: int
+    writes_over: Callable[[torch.Tensor], bool] | None = None
 
 
 def choose(target: Any, arguments: Sequence[Any], options: Any, device: Device) -> Choice | None:
@@ -91,8 +99,9 @@ def _best(target: Any, operator: Operator, arguments: Sequence[Any], device: Dev
     reason = f"{first.estimate_us:.1f} µs expected"
     if others:
         reason += f"; next {others[0].name}, {others[0].estimate_us:.1f}; of {len(found)}"
-    forms = _forms(arguments)
-    return Choice(first.name, first.call, first.estimate_us, target, forms, operator.num_arguments, reason)
+    over = operator.writes_over is not None and operator.writes_over(arguments[0])
+    known = target, _forms(arguments), operator.num_arguments, over, reason
+    return Choice(first.name, first.call, first.estimate_us, *known)
 
 
 def _forms(argument: Any) -> Any:
@@ -270,10 +279,10 @@ OPERATORS: dict[Any, Operator] = {
     ops.conv2d_cat: Operator(_conv2d_cat, 6),
     ops.upsample_conv: Operator(_upsampling(upsampling.upsample_conv), 6),
     ops.upsample_conv_folded: Operator(_upsampling(upsampling.upsample_conv_folded), 6),
-    aten.group_norm.default: Operator(_group_norm(group_norm.group_norm), 5),
-    ops.group_norm_silu: Operator(_group_norm(group_norm.group_norm_silu), 5),
+    aten.group_norm.default: Operator(_group_norm(group_norm.group_norm), 5, group_norm.is_laid_out),
+    ops.group_norm_silu: Operator(_group_norm(group_norm.group_norm_silu), 5, group_norm.is_laid_out),
     ops.group_norm_silu_cat: Operator(_group_norm(group_norm.group_norm_silu_cat), 5),
-    aten.layer_norm.default: Operator(_layer_norm, 5),
+    aten.layer_norm.default: Operator(_layer_norm, 5, torch.Tensor.is_contiguous),
     ops.add_layer_norm: Operator(_add_layer_norm, 5),
     ops.attention: Operator(_attention, 6),
 }

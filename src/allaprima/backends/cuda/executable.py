@@ -19,7 +19,8 @@ from ..aten import AtenExecutable
 from ..base import INPUT_ROLES
 from .device import Device, device_of
 from .graphs import GraphPool, pool_of
-from .plan import Plan, arguments_of, lower, needed_bytes
+from .order import in_order
+from .plan import Plan, arguments_of, lower
 from .warming import ready
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32)
@@ -124,11 +125,12 @@ class CudaExecutable:
     def _planned(self, key: Any, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
         """The results of the first run at these sizes, which makes the plan."""
         given = arguments_of(self.graph, self._weights, inputs)
-        self._pool.reserve(needed_bytes(self.graph, given))
+        calls, needed_bytes = in_order(self.graph, given)
+        self._pool.reserve(needed_bytes)
 
         def first() -> list[Any]:
             with _full_precision():
-                self._plans[key], results = lower(self.graph, given, self._device)
+                self._plans[key], results = lower(self.graph, given, self._device, calls)
             return results
 
         results = self._pool.run(first)

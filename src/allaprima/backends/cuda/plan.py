@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ...graph import Graph, SizeSpec, TensorSpec, evaluate_shape, target_name
+from ...graph import Graph, SizeSpec, target_name
 from ..base import INPUT_ROLES
 from .choose import Choice, choose
 from .device import Device
+from .memory import memory_of
 
 
 @dataclass(frozen=True)
@@ -83,42 +81,32 @@ class Plan:
         return "\n".join(map(str, self.launches))
 
 
-def lower(graph: Graph, given: Mapping[str, Any], device: Device) -> tuple[Plan, list[Any]]:
+def lower(
+    graph: Graph, given: Mapping[str, Any], device: Device, calls: Sequence[Node] | None = None
+) -> tuple[Plan, list[Any]]:
     """Run a stage for the first time at these sizes, and note what was run.
 
+    calls    the graph's calls in the order in which they run; None: in the graph's own
     returns  the plan, and the stage's results
     """
-    plan, values = Plan(), dict[Node, Any]()
-    slots: dict[Node, int] = {}
-    last_read = _last_reads(graph)
-    for node in graph.fx.nodes:
-        if node.op == "placeholder":
-            values[node] = given[node.name]
-            slots[node] = plan.placeholders[node.name] = len(slots)
-        elif node.op == "call_function":
-            values[node] = _call(node, values, slots, plan, device)
-            for read in last_read.get(node, ()):
-                if read in slots:  # sizes stay: they are written into the plan
-                    del values[read]
+    calls = graph.calls() if calls is None else calls
+    plan, memory = Plan(), memory_of(calls, graph.results)
+    values: dict[Node, Any] = {p: given[p.name] for p in graph.placeholders()}
+    slots: dict[Node, int] = {p: index for index, p in enumerate(values)}
+    plan.placeholders = {p.name: index for p, index in slots.items()}
+    for node in calls:
+        values[node] = _call(node, values, slots, plan, device, node in memory.over)
+        for read in memory.ends[node]:
+            if read in slots:  # sizes stay: they are written into the plan
+                del values[read]
     plan.num_slots = len(slots)
     plan.results = [_template(r, values, slots) for r in graph.results]
     plan.launches = _with_ends(plan)
     return plan, [values[r] if isinstance(r, Node) else r for r in graph.results]
 
 
-def _last_reads(graph: Graph) -> dict[Node, list[Node]]:
-    """For each call, what nobody reads after it: kept, all activations of a picture would lie in memory at once."""
-    seen = {r for r in graph.results if isinstance(r, Node)}
-    last: dict[Node, list[Node]] = {}
-    for node in reversed(list(graph.fx.nodes)):
-        if node.op == "call_function":
-            ended = dict.fromkeys(n for n in (*node.all_input_nodes, node) if n not in seen)
-            seen |= ended.keys()
-            last[node] = list(ended)
-    return last
-
-
-def _call(node: Node, values: dict[Node, Any], slots: dict[Node, int], plan: Plan, device: Device) -> Any:
+def _call(node: Node, values: dict[Node, Any], slots: dict[Node, int], plan: Plan, device: Device, over: bool) -> Any:
+    """over: the result is to be written over the first argument, if the kernel that is chosen can."""
     target: Any = node.target
     arguments = [_value(a, values) for a in node.args]
     options = {k: _value(v, values) for k, v in node.kwargs.items()}
@@ -126,16 +114,31 @@ def _call(node: Node, values: dict[Node, Any], slots: dict[Node, int], plan: Pla
         return target(*arguments, **options)
     choice = choose(target, arguments, options, device)
     call = target if choice is None else choice.call
-    if choice is not None:
-        arguments, options = list(choice.arranged(arguments, options)), {}
-    value = call(*arguments, **options)
-    slots[node] = len(slots)
     given = tuple(_template(a, values, slots) for a in node.args)
     named = {k: _template(v, values, slots) for k, v in node.kwargs.items()}
     if choice is not None:
+        arguments, options = list(choice.arranged(arguments, options)), {}
         given, named = choice.arranged(given, named), {}
+        if over and choice.writes_over and _is_alone(node.args[0], values):
+            options, named = {"out": arguments[0]}, {"out": given[0]}
+    value = call(*arguments, **options)
+    slots[node] = len(slots)
     plan.launches.append(Launch(node.name, target_name(target), choice, call, given, named, slots[node]))
     return value
+
+
+def _is_alone(node: Any, values: Mapping[Node, Any]) -> bool:
+    """Whether no other value lies in the memory of this one: some operators give an argument back and do not say so."""
+    (mine,) = _storages(values[node])
+    return all(mine not in _storages(value) for other, value in values.items() if other is not node)
+
+
+def _storages(value: Any) -> Iterator[int]:
+    if isinstance(value, torch.Tensor):
+        yield value.untyped_storage()._cdata
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _storages(part)
 
 
 def _value(argument: Any, values: Mapping[Node, Any]) -> Any:
@@ -187,107 +190,3 @@ def arguments_of(graph: Graph, weights: Mapping[str, torch.Tensor], inputs: Sequ
     """A value for each placeholder: the inputs in order, and the weights by name."""
     given = iter(inputs)
     return {p.name: next(given) if p.meta["role"] in INPUT_ROLES else weights[p.name] for p in graph.placeholders()}
-
-
-# ---- memory --------------------------------------------------------------------------------------------------------
-
-
-def needed_bytes(graph: Graph, given: Mapping[str, Any]) -> int:
-    """Size of a block of memory in which torch's allocator finds a place for each value of a run.
-
-    It is more than what lives at once, because the free pieces between others may be too small.  What kernels take for
-    themselves is not counted.  0 where the values' sizes do not follow from those of the arguments.
-
-    given  a value for each placeholder: of tensors only the shapes are read
-    """
-    symbols, last_read = _symbols(graph, given), _last_reads(graph)
-    block = _Block()
-    roots: dict[Node, Node] = {}  # of a view, the value in whose memory it lies
-    alive: Counter[Node] = Counter()
-    places: dict[Node, tuple[int, int]] = {}
-    for node in graph.fx.nodes:
-        if node.op != "call_function":
-            continue
-        root = roots[node] = _root(node, roots)
-        alive[root] += 1
-        if root is node:
-            try:
-                places[node] = block.take(_nbytes(node.meta.get("spec"), symbols))
-            except NameError:  # a size that no argument has as it is
-                return 0
-        for read in last_read.get(node, ()):
-            root = roots.get(read, read)
-            alive[root] -= 1
-            if not alive[root] and root in places:
-                block.give(places.pop(root))
-    return block.used
-
-
-def _symbols(graph: Graph, given: Mapping[str, Any]) -> dict[str, int]:
-    """Numbers for the symbols in the placeholders' shapes."""
-    symbols: dict[str, int] = {}
-    for node in graph.placeholders():
-        spec, value = node.meta["spec"], given[node.name]
-        if isinstance(spec, TensorSpec):
-            symbols |= {dim: size for dim, size in zip(spec.shape, value.shape, strict=True) if isinstance(dim, str)}
-        elif isinstance(spec, SizeSpec) and isinstance(spec.expr, str):
-            symbols[spec.expr] = value
-    return symbols
-
-
-def _nbytes(spec: Any, symbols: Mapping[str, int]) -> int:
-    if isinstance(spec, TensorSpec):
-        return math.prod(evaluate_shape(spec.shape, symbols)) * spec.dtype.itemsize
-    return sum(_nbytes(s, symbols) for s in spec) if isinstance(spec, tuple) else 0
-
-
-def _root(node: Node, roots: Mapping[Node, Node]) -> Node:
-    """The value in whose memory a call's result lies: its own, or that of the argument that it is a view of.
-
-    A tensor that is made contiguous is taken for one that is so already, as our kernels' results are.
-    """
-    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    view = node.target is operator.getitem or any(r.alias_info is not None for r in returns)
-    source = node.all_input_nodes[0] if view and node.all_input_nodes else node
-    kinds = [getattr(n.meta.get("spec"), "dtype", None) for n in (node, source)]
-    changed = None not in kinds and kinds[0] != kinds[1]  # `to` gives its argument back where it changes nothing
-    return node if changed else roots.get(source, source)
-
-
-class _Block:
-    """Where torch's caching allocator places large tensors in one block without end: in the smallest free piece.
-
-    used  bytes from its start that were in use at some time
-    """
-
-    GRAIN = 512
-    LEAST = 1 << 20
-    """What is not larger lies elsewhere, and is not split off when the rest of a piece is no larger."""
-
-    def __init__(self) -> None:
-        self._free = [(0, 1 << 60)]
-        self.used = 0
-
-    def take(self, nbytes: int) -> tuple[int, int]:
-        """A place (start, end) for a tensor."""
-        if nbytes <= self.LEAST:
-            return 0, 0
-        nbytes = -(-nbytes // self.GRAIN) * self.GRAIN
-        piece = min((p for p in self._free if p[1] - p[0] >= nbytes), key=lambda p: (p[1] - p[0], p[0]))
-        self._free.remove(piece)
-        start, end = piece
-        if end - start - nbytes > self.LEAST:
-            self._free.append((start + nbytes, end))
-            end = start + nbytes
-        self.used = max(self.used, end)
-        return start, end
-
-    def give(self, place: tuple[int, int]) -> None:
-        """A place is free again, and one with its free neighbours."""
-        start, end = place
-        if start == end:
-            return
-        for piece in [p for p in self._free if start in p or end in p]:
-            self._free.remove(piece)
-            start, end = min(start, piece[0]), max(end, piece[1])
-        self._free.append((start, end))

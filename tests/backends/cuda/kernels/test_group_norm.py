@@ -176,12 +176,43 @@ def test_constant_input(device: torch.device, parameters: kernels.Parameters, va
     assert torch.equal(got, bias[None, :, None, None].expand_as(got))
 
 
-@pytest.mark.parametrize("parameters", [HELD, SMALL, NARROW], ids=repr)
+@pytest.mark.parametrize("parameters", [*kernels.PARAMETERS, MANY_PARTS, *kernels.GENERAL], ids=repr)
 def test_in_place(device: torch.device, parameters: kernels.Parameters) -> None:
-    x = numbers(device, torch.float16, 1, 80, 9, 15).contiguous(memory_format=torch.channels_last)
-    expected = kernels.group_norm(x, 2, parameters=parameters)
-    assert kernels.group_norm(x, 2, parameters=parameters, out=x) is x
+    """Bit for bit what it is elsewhere, with several programs for images, groups and pixels, in the middle of NaN."""
+    width = parameters.cols - 8 if isinstance(parameters, kernels.Held) else 20 if parameters.cols < 1024 else 132
+    if parameters in kernels.GENERAL:
+        width += 1
+    x = channels_last_in_nan(numbers(device, torch.float16, 2, 6 * width, 7, 9))
+    weight, bias = (numbers(device, torch.float16, 6 * width, seed=s) for s in (1, 2))
+    expected = kernels.group_norm_silu(x, 6, weight, bias, EPS, parameters=parameters)
+    assert kernels.group_norm_silu(x, 6, weight, bias, EPS, parameters=parameters, out=x) is x
     assert torch.equal(x, expected)
+    num_all = x.untyped_storage().nbytes() // x.itemsize
+    assert int(x.as_strided((num_all,), (1,), 0).isnan().sum()) == num_all - x.numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parameters", kernels.PARAMETERS, ids=repr)
+def test_in_place_on_a_full_gpu(parameters: kernels.Parameters) -> None:
+    """Many programs at once, none of which may see what another has written."""
+    device = torch.device("cuda")
+    width, groups = (parameters.cols, 256) if isinstance(parameters, kernels.Held) else (8, 32)
+    rows = 8 if isinstance(parameters, kernels.Held) else 256
+    x = numbers(device, torch.float16, 4, width * groups, rows, 8).contiguous(memory_format=torch.channels_last)
+    weight, bias = (numbers(device, torch.float16, width * groups, seed=s) for s in (1, 2))
+    for _ in range(5):
+        expected = kernels.group_norm_silu(x, groups, weight, bias, EPS, parameters=parameters)
+        kernels.group_norm_silu(x, groups, weight, bias, EPS, parameters=parameters, out=x)
+        assert torch.equal(x, expected)
+
+
+def test_a_result_lies_as_its_argument_does_where_that_is_whole(device: torch.device) -> None:
+    x = numbers(device, torch.float16, 2, 32, 5, 6)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert kernels.is_laid_out(last)
+    assert kernels.is_laid_out(last.flatten(2))
+    for other in (x, last[:, :16], last[:, :, 1:], last[:, :, :, ::2]):
+        assert not kernels.is_laid_out(other)
 
 
 def test_far_from_zero_silu_is_its_limit(device: torch.device) -> None:

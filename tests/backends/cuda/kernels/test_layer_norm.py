@@ -81,6 +81,18 @@ def test_every_form(device: torch.device, columns: int, parameters: kernels.Rows
     check_add(x, parameters)
 
 
+@pytest.mark.parametrize("parameters", kernels.PARAMETERS, ids=str)
+def test_in_place(device: torch.device, parameters: kernels.Rows) -> None:
+    """Bit for bit what it is elsewhere, over several programs."""
+    columns = parameters.most - 8
+    x = in_nan(numbers(device, torch.float16, 2, 19, columns))
+    weight, bias = (numbers(device, torch.float16, columns, seed=s) for s in (1, 2))
+    expected = kernels.layer_norm(x, [columns], weight, bias, EPS, parameters=parameters)
+    assert kernels.layer_norm(x, [columns], weight, bias, EPS, parameters=parameters, out=x) is x
+    assert torch.equal(x, expected)
+    assert_nothing_around(x)
+
+
 def test_absent_weight_and_bias(device: torch.device) -> None:
     x = numbers(device, torch.float32, 5, 48)
     weight, bias = numbers(device, torch.float32, 48, seed=1), numbers(device, torch.float32, 48, seed=2)

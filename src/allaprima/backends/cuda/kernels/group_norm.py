@@ -622,6 +622,15 @@ def _empty(x: torch.Tensor, channels: int) -> torch.Tensor:
     return torch.empty((shape[0], *shape[2:], channels), dtype=x.dtype, device=x.device).movedim(-1, 1)
 
 
+def is_laid_out(x: torch.Tensor) -> bool:
+    """Whether x lies as a result of its shape would, so that the result may be written over it.
+
+    Each element is read for the last time by the thread that then writes it: in the form of one kernel all of a group
+    has gone into its statistics before; in the others, statistics are a kernel of their own.
+    """
+    return x.stride() == _empty(x.to("meta"), x.shape[1]).stride()
+
+
 def launches_of(
     sources: Sequence[torch.Tensor],
     groups: int,

@@ -231,6 +231,7 @@ def layer_norm(
 
     x        [..., C] f16 | bf16 | f32, rows at one distance from each other; C ≤ 8192
     weight   [C] or None (1), bias [C] or None (0), dtype of x
+    out      where the result goes; may be x itself
     returns  [..., C], dtype of x, contiguous; statistics in f32
     cost     reads once, writes once: 2·N·C·itemsize bytes
     raises   InputError where `supports` gives a reason
