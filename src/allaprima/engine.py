@@ -7,8 +7,8 @@ import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
@@ -41,9 +41,10 @@ from .fingerprint import StructureWatch, WeightsWatch, adapters, structure
 from .graph import Graph, peak_bytes
 from .rewrite import rewrite, rules_for
 from .rewrite.rule import Declined
-from .runner import Runner, row_of
+from .runner import Runner, row_of, stays_in_place
 from .stage import Time, batch_rows, cut
 from .weights.binding import Sources
+from .weights.gathering import Unit, gather
 
 MAX_PROGRAMS = 8
 """Captures of one signature before the engine gives up on it: a module that needs more is not size-independent."""
@@ -236,16 +237,19 @@ class Engine:
         if not same_structure:
             self._structure = StructureWatch(self.module)
         self._weights = WeightsWatch(self.module)
-        changed = self._sources.refresh()
-        for runners in self._runners.values():
-            for runner in runners:
-                runner.stale |= changed
+        self._refresh_sources()
         key, foreign = structure(self.module)
         self._storable = foreign is None and getattr(self.original, "__func__", None) is type(self.module).forward
         place = key, str(_placement(self.module)[0])
         if place != self._place:
             self._forget_all_but(place, self._place)
             self._place = place
+
+    def _refresh_sources(self) -> None:
+        changed = self._sources.refresh()
+        for runners in self._runners.values():
+            for runner in runners:
+                runner.stale |= changed
 
     def _forget_all_but(self, *places: tuple[str, str]) -> None:
         """Compiled programs hold memory: keep those of the present form of the module and of the one before."""
@@ -391,6 +395,17 @@ class Engine:
             self._sources.forget()
             self._weights = None
 
+    @property
+    def bound(self) -> bool:
+        """Whether a program of the module's present form has its weights."""
+        return any(runner.bound for runner in self.runners())
+
+    def _scattered(self) -> list[Unit]:
+        if self.bound or not stays_in_place(_placement(self.module)[0]):
+            return []
+        self._refresh_sources()
+        return self._sources.scattered()
+
     def _bind(self, runner: Runner) -> None:
         if runner.bound and not runner.stale:
             return
@@ -414,6 +429,16 @@ class Engine:
                 f"{self.profile.name} at this size needs {needed / 2**30:.2f} GiB, the budget (Config.memory_limit) is "
                 f"{self.config.memory_limit / 2**30:.2f} GiB. Draw a smaller size or batch, or raise the limit."
             )
+
+
+def gather_parameters(engines: Iterable[Engine]) -> None:
+    """Move the parameters of several modules together, before their first programs do it module by module: where they
+    lie between one another's, no segment would empty.  What is never called stays gathered, too."""
+    unbound = [engine for engine in engines if not engine.bound]
+    with ExitStack() as held, suppress(torch.OutOfMemoryError):
+        for engine in unbound:
+            held.enter_context(engine._lock)
+        gather(*[engine._scattered() for engine in unbound])
 
 
 def eager_forward(module: nn.Module) -> Callable[..., Any]:

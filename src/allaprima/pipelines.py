@@ -23,7 +23,7 @@ from torch import nn
 
 from . import profiles
 from .config import Config
-from .engine import Engine, Profile
+from .engine import Engine, Profile, gather_parameters
 from .errors import AllaprimaError, ConfigError, InputError, SchedulerError, SizeError
 from .notices import quiet_import
 from .numerics import NumericsGuard
@@ -273,6 +273,7 @@ def _checked(pipe: Any, optimized: Optimized, original: Callable[..., Any], *arg
         if size is not None and (not isinstance(size, Integral) or size % 8 or size < 0):  # 0 means the default
             near = max(8, round(float(size) / 8) * 8) if isinstance(size, Real) else 512
             raise SizeError(f"{axis} {size!r} is not a positive multiple of 8. The nearest is {near}.")
+    gather_parameters(optimized.engines.values())
     try:
         return original(*args, **kwargs)
     except AllaprimaError:

@@ -17,6 +17,7 @@ from .errors import GraphError, is_out_of_memory
 from .graph import Graph, SizeSpec, number
 from .stage import Program, Stage, Time, Value
 from .weights.binding import Binding, Sources, weight_names
+from .weights.gathering import give_back
 
 MAX_BUFFERS = 8
 """Sets of shapes (batches, lengths of the prompt) for which an earlier stage's results keep their addresses."""
@@ -66,8 +67,8 @@ class Runner:
             return self._bound(sources)
 
     def _bound(self, sources: Sources) -> bool:
-        adopt = sources.adopt if stays_in_place(self._device) else None
-        changed = self.binding.update(sources.tensors, self.stale if self.bound else sources.tensors, adopt)
+        owner = sources if stays_in_place(self._device) else None
+        changed = self.binding.update(sources.tensors, self.stale if self.bound else sources.tensors, owner)
         concerned = [
             running
             for running in self._stages
@@ -81,8 +82,8 @@ class Runner:
             for r in self.program.results
             if isinstance(r, Value) and r.role != "input"
         }
-        if not self.bound and self._device.type == "cuda":
-            torch.cuda.empty_cache()  # where the parameters lay before they moved; recorded graphs cannot use it
+        if not self.bound:
+            give_back(self._device)  # where the parameters lay before they moved; recorded graphs cannot use it
         rebuilt = self.bound and bool(concerned)
         self.stale, self.bound = set(), True
         return rebuilt

@@ -11,7 +11,9 @@ from torch.fx import Graph as FxGraph
 
 from allaprima.graph import Graph, TensorSpec, aten
 from allaprima.stage import Program, Time, cut
+from allaprima.weights import binding
 from allaprima.weights.binding import Binding, Sources, weight_names
+from allaprima.weights.gathering import gather
 
 SPEC = TensorSpec((4, 4), torch.float32)
 
@@ -158,7 +160,7 @@ class Adopted:
 
     def look(self) -> set[str]:
         changed = self.sources.refresh()
-        return self.binding.update(self.sources.tensors, changed, self.sources.adopt) if changed else set()
+        return self.binding.update(self.sources.tensors, changed, self.sources) if changed else set()
 
     @property
     def values(self) -> dict[str, torch.Tensor]:
@@ -167,7 +169,7 @@ class Adopted:
         return {by_shape[tuple(v.shape)]: v for v in found.values()}
 
     def check(self) -> None:
-        a, b, taps = (p.detach() for p in self.module.parameters())
+        a, b, taps = (p.detach() for p in (self.module.a, self.module.b, self.module.taps))
         torch.testing.assert_close(self.values["merged"], torch.cat([a, b]), rtol=0, atol=0)
         torch.testing.assert_close(self.values["double"], a + a, rtol=0, atol=0)
         torch.testing.assert_close(self.values["taps"], taps, rtol=0, atol=0)
@@ -200,11 +202,13 @@ def test_a_write_to_an_adopted_parameter_needs_no_copy() -> None:
 def test_a_replaced_parameter_moves_into_the_buffer_that_stays() -> None:
     adopted = Adopted()
     addresses = {name: v.data_ptr() for name, v in adopted.values.items()}
+    old = adopted.module.a
     adopted.module.a = nn.Parameter(torch.randn(2, 4))
     adopted.module.load_state_dict({"taps": torch.randn(6, 4, 3, 3)}, strict=False, assign=True)
     adopted.look()
     adopted.check()
     assert {name: v.data_ptr() for name, v in adopted.values.items()} == addresses
+    assert torch.equal(old, adopted.before["a"])
 
 
 def test_released_parameters_have_memory_of_their_own() -> None:
@@ -229,7 +233,7 @@ def test_another_dtype_is_another_buffer() -> None:
 def test_a_second_program_finds_the_arrangement_of_the_first() -> None:
     adopted = Adopted()
     second = Binding(adopted.program)
-    second.update(adopted.sources.tensors, adopted.sources.tensors, adopted.sources.adopt)
+    second.update(adopted.sources.tensors, adopted.sources.tensors, adopted.sources)
     adopted.check()
     theirs = second.values(adopted.program.stages[Time.STEP].graph, adopted.sources.tensors).values()
     assert {v.data_ptr() for v in theirs if v.shape[0] > 2} == {
@@ -245,7 +249,112 @@ def test_tied_parameters_are_arranged_as_often_as_they_are_read() -> None:
     adopted.sources, adopted.binding = Sources(adopted.module), Binding(adopted.program)
     for _ in range(2):
         adopted.look()
-        merged = next(v for v in adopted.binding._derived.values() if v.shape == (4, 4))
+        merged = next(v for v in adopted.binding._buffers.values() if v.shape == (4, 4))
         assert torch.equal(merged, torch.cat([adopted.module.a.detach()] * 2))
         with torch.no_grad():
             adopted.module.a.add_(1)
+
+
+class Unread(Parts):
+    """With parameters that no program reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(4, 4)
+
+
+def looked_at(module: nn.Module) -> Adopted:
+    adopted = Adopted.__new__(Adopted)
+    adopted.module, adopted.program = module, arranging()  # type: ignore[assignment]
+    adopted.sources, adopted.binding = Sources(module), Binding(adopted.program)
+    adopted.look()
+    return adopted
+
+
+def test_all_parameters_are_gathered_whether_read_or_not() -> None:
+    adopted = looked_at(Unread())
+    places = [p.data_ptr() for p in adopted.module.parameters()]
+    assert max(places) - min(places) < 5 * 1024, "side by side"
+    assert adopted.sources.refresh() == set()
+
+
+def test_a_replaced_parameter_comes_home_though_it_is_in_no_arrangement() -> None:
+    adopted = looked_at(Unread())
+    other: Any = adopted.module.other
+    home = other.weight.data_ptr()
+    old, new = other.weight, torch.randn(4, 4)
+    before = old.detach().clone()
+    other.weight = nn.Parameter(new.clone())
+    adopted.look()
+    assert other.weight.data_ptr() == home
+    assert torch.equal(other.weight, new)
+    assert torch.equal(old, before), "whoever keeps the old one may put it back"
+    other.weight = old
+    adopted.look()
+    assert other.weight.data_ptr() == home
+    assert torch.equal(other.weight, before)
+
+
+def test_a_module_that_went_and_came_back_lives_where_it_did() -> None:
+    """As `module.to("cpu").to("cuda")` does: every parameter is at another address."""
+    adopted = looked_at(Unread())
+    homes = [p.data_ptr() for p in adopted.module.parameters()]
+    kept = [v.data_ptr() for v in adopted.values.values()]
+    values = [p.detach().clone() for p in adopted.module.parameters()]
+    adopted.module.double()
+    adopted.module.float()
+    assert homes != [p.data_ptr() for p in adopted.module.parameters()]
+    adopted.look()
+    adopted.check()
+    assert all(map(torch.equal, values, adopted.module.parameters()))
+    assert homes == [p.data_ptr() for p in adopted.module.parameters()]
+    assert kept == [v.data_ptr() for v in adopted.values.values()]
+
+
+def test_what_was_gathered_for_the_time_being_leaves_its_slab_for_good() -> None:
+    module = Unread()
+    sources = Sources(module)
+    sources.refresh()
+    gather(sources.scattered())
+    adopted = Adopted.__new__(Adopted)
+    adopted.module, adopted.program, adopted.sources = module, arranging(), sources  # type: ignore[assignment]
+    adopted.binding = Binding(adopted.program)
+    waiting = {name: p.data_ptr() for name, p in module.named_parameters()}
+    assert sources.refresh() == set()
+    adopted.binding.update(sources.tensors, sources.tensors, sources)
+    assert not set(waiting.values()) & {p.data_ptr() for p in module.parameters()}
+    assert sources.scattered() == []
+    homes = {name: p.data_ptr() for name, p in module.named_parameters()}
+    second = Binding(adopted.program)
+    second.update(sources.tensors, sources.tensors, sources)
+    assert homes == {name: p.data_ptr() for name, p in module.named_parameters()}, "another program finds it there"
+
+
+def test_large_folds_are_gathered_and_views_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "LEAST_BYTES", 1)
+    module = nn.Module()
+    module.a, module.b = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    fx = FxGraph()
+    x, a, b = (fx.placeholder(name) for name in "xab")
+    for node, role in ((x, "input"), (a, "parameter"), (b, "parameter")):
+        node.meta = {"role": role, "source": node.name, "spec": SPEC}
+    view = fx.call_function(aten.reshape.default, (a, [4, 4]))
+    fold = fx.call_function(aten.mm.default, (a, b))
+    first = fx.call_function(aten.linear.default, (x, view))
+    second = fx.call_function(aten.linear.default, (first, fold))
+    fx.output((second,))
+    for node in (view, fold, first, second):
+        node.meta["spec"] = SPEC
+    made = cut(Graph(fx), {})
+    sources, bound = Sources(module), Binding(made)
+    sources.refresh()
+    bound.update(sources.tensors, sources.tensors, sources)
+    values = list(bound.values(made.stages[Time.STEP].graph, sources.tensors).values())
+    assert any(v.data_ptr() == module.a.data_ptr() for v in values), "a view of a parameter stays one"
+    assert bound.derived_bytes() == 4 * 4 * 4
+    for _ in range(2):
+        product = next(v for v in values if torch.allclose(v, module.a @ module.b))
+        assert product.untyped_storage().nbytes() == 4 * 4 * 4
+        with torch.no_grad():
+            module.b.mul_(2)
+        bound.update(sources.tensors, sources.refresh(), sources)

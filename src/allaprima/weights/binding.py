@@ -4,23 +4,24 @@ The weights stage is the function from one to the other.  After a change only th
 changed source are computed again.
 
 A derived buffer is either a *fold* (new numbers), or only another arrangement of parameters: one parameter in another
-memory format, or several above one another.  An arrangement can be *adopted*: the parameters become views of it, so
-that nothing is stored twice and a write to a parameter is a write to what the kernels read.
+memory format, or several above one another.  Where buffers keep their addresses, an arrangement is *adopted*: the
+parameters become views of it, so that nothing is stored twice and a write to a parameter is a write to what the
+kernels read.  There all parameters of the module, arranged or not, are gathered in slabs (gathering.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
-from torch.fx import Interpreter, Node
+from torch.fx import Node
+from torch.fx.node import map_arg
 
 from ..graph import Graph, aten
 from ..stage import Program, Stage, Time
-
-Adopt: TypeAlias = Callable[[str, torch.Tensor], None]
+from .gathering import LEAST_BYTES, PORTION_BYTES, Unit, gather
 
 
 class Sources:
@@ -30,7 +31,8 @@ class Sources:
         self._module = module
         self._seen: dict[str, tuple[torch.Tensor, tuple[int, int, torch.dtype]]] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        self._adopted: set[str] = set()
+        self._homes: dict[str, int] = {}
+        self._passing: set[str] = set()
 
     def refresh(self) -> set[str]:
         """Read the module again.  returns the names whose tensor or version is new."""
@@ -43,26 +45,69 @@ class Sources:
             before = self._seen.get(name)
             if before is None or before[0] is not tensor or before[1] != state:
                 changed.add(name)
+            if before is not None and before[0] is not tensor:
+                self._leave(name, before[0])
             self._seen[name] = (tensor, state)
             self.tensors[name] = tensor.detach()
         return changed
 
-    def adopt(self, name: str, view: torch.Tensor) -> None:
-        """Let a parameter live in `view`, which holds its numbers."""
+    def adopt(self, name: str, view: torch.Tensor, passing: bool = False) -> None:
+        """Let a parameter live in `view`, which holds its numbers.
+
+        passing   until a program knows how it wants to have it
+        """
         parameter = self._seen[name][0]
         parameter.data = view
-        self._adopted.add(name)
+        self._homes[name] = view.data_ptr()
+        (self._passing.add if passing else self._passing.discard)(name)
         for other, (tensor, _) in list(self._seen.items()):
             if tensor is parameter:
                 self._seen[other] = (parameter, _state(parameter))
                 self.tensors[other] = parameter.detach()
 
+    def _leave(self, name: str, parameter: torch.Tensor) -> None:
+        """Give a parameter that another one stands for now memory of its own: somebody may put it back, and its place
+        will hold the other's numbers."""
+        if parameter.data_ptr() == self._homes.get(name):
+            with torch.inference_mode(False):
+                parameter.data = parameter.data.clone()
+
+    def at_home(self, name: str) -> bool:
+        """Whether a parameter lives where a program put it."""
+        return name not in self._passing and self._homes.get(name) == self.tensors[name].data_ptr()
+
+    def scattered(self) -> list[Unit]:
+        """The movable parameters that have not been gathered: in slabs they can wait for their program."""
+        names = [name for name in self.movable() if self._homes.get(name) != self.tensors[name].data_ptr()]
+        return [
+            Unit(tensor.data_ptr(), tensor.nbytes, tensor.device, partial(self._pass, name))
+            for name, tensor in ((name, self.tensors[name]) for name in names)
+        ]
+
+    def _pass(self, name: str, place: torch.Tensor) -> None:
+        tensor = self.tensors[name]
+        self.adopt(name, _shaped(place, _form(tensor)).copy_(tensor), passing=True)
+
+    def movable(self) -> list[str]:
+        """The parameters that have memory to themselves, each under the first of its names."""
+        holders: dict[int, dict[int, str]] = {}
+        for name, (tensor, _) in self._seen.items():
+            if _is_plain(tensor):
+                holders.setdefault(tensor.untyped_storage().data_ptr(), {}).setdefault(id(tensor), name)
+        alone = [next(iter(names.values())) for names in holders.values() if len(names) == 1]
+        return [
+            name for name in alone if isinstance(self._seen[name][0], nn.Parameter) and _is_whole(self.tensors[name])
+        ]
+
     def release(self) -> None:
         """Give every adopted parameter memory of its own again, in the common order."""
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
-        for name in self._adopted & parameters.keys():
-            parameters[name].data = parameters[name].data.clone(memory_format=torch.contiguous_format)
-        self._adopted.clear()
+        self.tensors = {}  # or it would keep the slabs
+        for name, home in self._homes.items():
+            if name in parameters and parameters[name].data_ptr() == home:
+                parameters[name].data = parameters[name].data.clone(memory_format=torch.contiguous_format)
+        self._homes.clear()
+        self._passing.clear()
 
     def forget(self) -> None:
         """Take every tensor for changed at the next look (writes through `.data` leave no trace)."""
@@ -73,74 +118,149 @@ def _state(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
     return (0 if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype)
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its numbers lie in memory, one after another, and nothing else belongs to it."""
+    usual = type(tensor.data) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+    return usual and tensor.data_ptr() != 0
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    dense = _form(tensor).stride() == tensor.stride()
+    return dense and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 class Binding:
     """The values of a program's weight placeholders for the module's present weights."""
 
     def __init__(self, program: Program) -> None:
         self._stage = program.stages.get(Time.WEIGHTS)
-        self._derived: dict[str, torch.Tensor] = {}
-        self._sources_seen: list[torch.Tensor] = []
+        self._buffers: dict[str, torch.Tensor] = {}
+        """The derived buffers, and the places of parameters that are part of none, under these' names."""
+        self._source_storages: set[int] = set()
         self._dependencies = _dependencies(self._stage) if self._stage else {}
         self._arrangements = _arrangements(self._stage) if self._stage else {}
 
     def update(
-        self, sources: Mapping[str, torch.Tensor], changed: Iterable[str], adopt: Adopt | None = None
+        self, sources: Mapping[str, torch.Tensor], changed: Iterable[str], owner: Sources | None = None
     ) -> set[str]:
         """Compute the derived buffers that `changed` touches.
 
-        adopt    (name, view) -> None: lets a parameter live in the view.  With it, arrangements are adopted, and every
+        owner    of the sources.  With it, arrangements are adopted, parameters are gathered, and each of them and every
                  derived buffer keeps its address: a change is written into it
         returns  the names of all changed values
         """
         touched = set(changed)
-        if self._stage is not None:
-            stale = {
-                output
-                for output, names in self._dependencies.items()
-                if output not in self._derived or not names.isdisjoint(touched)
-            }
-            touched |= stale
-            self._compute(stale, sources, adopt)
-        self._sources_seen = list(sources.values())
-        return touched
+        stale = {
+            output
+            for output, names in self._dependencies.items()
+            if output not in self._buffers or not names.isdisjoint(touched)
+        }
+        if owner is not None:
+            self._settle(stale, touched, owner)
+        elif self._stage and stale:
+            self._buffers |= _evaluate(self._stage, sorted(stale), sources)
+        self._source_storages = {tensor.untyped_storage().data_ptr() for tensor in sources.values()}
+        return touched | stale
 
-    def _compute(self, stale: set[str], sources: Mapping[str, torch.Tensor], adopt: Adopt | None) -> None:
-        assert self._stage is not None
-        arranged = {name: parts for name in stale if adopt and (parts := self._arrangements[name])}
-        folds = sorted(stale - arranged.keys())
-        for name, value in (_evaluate(self._stage, folds, sources) if folds else {}).items():
-            self._derived[name] = _kept(self._derived.get(name), value) if adopt else value
-        for name, parts in sorted(arranged.items()):  # in turn: each frees the parameters' own memory before the next
-            assert adopt is not None
-            self._derived[name] = self._arrange(name, parts, sources, adopt)
+    def _settle(self, stale: set[str], changed: set[str], owner: Sources) -> None:
+        """Bring everything to the place that it has, and what has none into slabs.
 
-    def _arrange(
-        self, name: str, parts: Sequence[str], sources: Mapping[str, torch.Tensor], adopt: Adopt
-    ) -> torch.Tensor:
-        """The buffer of an arrangement; its parameters live in it afterwards."""
+        Folds come last: some are nothing but views of parameters.
+        """
+        groups = {name: parts for name in sorted(stale) if (parts := self._arrangements[name])}
+        forms = self._forms(list(groups), owner.tensors)
+        for name in self._unarranged(owner):
+            if name in changed:
+                groups[name], forms[name] = [name], _form(owner.tensors[name])
+        homeless = []
+        for name, parts in groups.items():
+            place = self._place(name, parts, forms[name], owner)
+            if place is None:
+                tensors = [owner.tensors[part] for part in parts]
+                move = partial(self._move_in, name, parts, forms[name], owner)
+                address = min(tensor.data_ptr() for tensor in tensors)
+                homeless.append(Unit(address, forms[name].nbytes, tensors[0].device, move))
+            else:
+                self._adopt(name, parts, place, owner)
+        gather(homeless)
+        self._fold(sorted(stale - groups.keys()), owner.tensors)
+
+    def _unarranged(self, owner: Sources) -> list[str]:
+        """The movable parameters that are part of no arrangement, whether or not the program reads them: where they
+        lie now, they would keep segments."""
+        arranged = {owner.tensors[part].data_ptr() for parts in self._arrangements.values() for part in parts or ()}
+        return [name for name in owner.movable() if owner.tensors[name].data_ptr() not in arranged]
+
+    def _forms(self, names: list[str], sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Shapes, strides and dtypes of arrangements, as tensors without memory."""
+        if not names:
+            return {}
         assert self._stage is not None
-        buffer = self._derived.get(name)
-        if buffer is None or not _fits(buffer, [sources[p] for p in parts]):
-            buffer = _standing([sources[p] for p in parts])
-        if buffer is None:
-            buffer = _evaluate(self._stage, [name], sources)[name]
+        parts = {part for name in names for part in self._arrangements[name] or ()}
+        return _evaluate(self._stage, names, {part: _form(sources[part]) for part in parts})
+
+    def _place(self, name: str, parts: list[str], form: torch.Tensor, owner: Sources) -> torch.Tensor | None:
+        """Where parameters have their place already: by an earlier look, or because another program arranged them."""
+        tensors = [owner.tensors[part] for part in parts]
+        buffer = self._buffers.get(name)
+        if buffer is not None and _fits(buffer, tensors):
+            return buffer
+        if len(parts) > 1:
+            return _standing(tensors)
+        return tensors[0] if owner.at_home(parts[0]) and tensors[0].stride() == form.stride() else None
+
+    def _move_in(self, name: str, parts: list[str], form: torch.Tensor, owner: Sources, place: torch.Tensor) -> None:
+        self._adopt(name, parts, _shaped(place, form), owner)
+
+    def _adopt(self, name: str, parts: list[str], buffer: torch.Tensor, owner: Sources) -> None:
+        """Let parameters live in `buffer`, one above another."""
         start = 0
         for part in parts:
-            tensor = sources[part]
+            tensor = owner.tensors[part]
             view = buffer if len(parts) == 1 else buffer[start : start + tensor.shape[0]]
-            start += tensor.shape[0]
+            start += 0 if view is buffer else tensor.shape[0]
             if tensor.data_ptr() != view.data_ptr() or tensor.stride() != view.stride():
-                adopt(part, view.copy_(tensor))
-        return buffer
+                owner.adopt(part, view.copy_(tensor))
+        self._buffers[name] = buffer
+
+    def _fold(self, names: list[str], sources: Mapping[str, torch.Tensor]) -> None:
+        """Compute folds, each into its buffer where it has one.
+
+        Large ones are gathered: what they were computed from may have lain around them.
+        """
+        waiting: list[Unit] = []
+        for name in names:
+            assert self._stage is not None
+            value, old = _evaluate(self._stage, [name], sources)[name], self._buffers.get(name)
+            is_view = self._is_view(name, value, sources)
+            if old is not None and not is_view and _fits(old, [value]):
+                old.copy_(value)
+                continue
+            self._buffers[name] = value
+            if not is_view and value.untyped_storage().nbytes() >= LEAST_BYTES:
+                waiting.append(Unit(value.data_ptr(), value.nbytes, value.device, partial(self._keep, name)))
+            del value
+            if sum(unit.nbytes for unit in waiting) > PORTION_BYTES:
+                gather(waiting)
+                waiting = []
+        gather(waiting)
+
+    def _is_view(self, name: str, value: torch.Tensor, sources: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a fold is nothing but a view of what it was computed from."""
+        read = (sources[source] for source in self._dependencies[name] & sources.keys())
+        return any(tensor.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() for tensor in read)
+
+    def _keep(self, name: str, place: torch.Tensor) -> None:
+        value = self._buffers[name]
+        self._buffers[name] = _shaped(place, _form(value)).copy_(value)
 
     def derived_bytes(self) -> int:
         """Bytes of the buffers that are no views of parameters."""
-        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._derived.values()}
-        shared = {s.untyped_storage().data_ptr() for s in self._sources_seen}
-        return sum(size for pointer, size in own.items() if pointer not in shared)
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._buffers.values()}
+        return sum(size for pointer, size in own.items() if pointer not in self._source_storages)
 
     def value(self, role: str, name: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self._derived[name] if role == "derived" else sources[name]
+        return self._buffers[name] if role == "derived" else sources[name]
 
     def values(self, graph: Graph, sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Placeholder name -> value, for a stage's weight placeholders."""
@@ -150,7 +270,7 @@ class Binding:
         for node in graph.placeholders("constant"):
             found[node.name] = graph.constants[node.name]
         for node in graph.placeholders("derived"):
-            found[node.name] = self._derived[node.meta["source"]]
+            found[node.name] = self._buffers[node.meta["source"]]
         return found
 
 
@@ -184,17 +304,28 @@ def _parts(node: Node) -> list[str] | None:
     return parameters if len(parameters) == len(whole) == len(set(parameters)) else None
 
 
-def _fits(buffer: torch.Tensor, parts: list[torch.Tensor]) -> bool:
-    """Whether `parts` can be written into the buffer of an earlier arrangement."""
-    same = all(p.dtype == buffer.dtype and p.device == buffer.device for p in parts)
-    return same and sum(p.shape[0] for p in parts) == buffer.shape[0] and parts[0].shape[1:] == buffer.shape[1:]
+def _form(tensor: torch.Tensor) -> torch.Tensor:
+    """Shape, strides and dtype of a tensor, dense, as a tensor without memory."""
+    return torch.empty_like(tensor, device="meta")
+
+
+def _shaped(place: torch.Tensor, form: torch.Tensor) -> torch.Tensor:
+    """The bytes of a place as a tensor."""
+    return place.view(form.dtype).as_strided(form.shape, form.stride())
+
+
+def _fits(buffer: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
+    """Whether `parts` can be written into the buffer of earlier ones."""
+    if any(p.dtype != buffer.dtype or p.device != buffer.device for p in parts):
+        return False
+    if len(parts) == 1:
+        return parts[0].shape == buffer.shape
+    return sum(p.shape[0] for p in parts) == buffer.shape[0] and all(p.shape[1:] == buffer.shape[1:] for p in parts)
 
 
 def _standing(parts: list[torch.Tensor]) -> torch.Tensor | None:
     """Several dense tensors that already lie one behind another in one storage (another program arranged them so)."""
     first, place = parts[0], parts[0].data_ptr()
-    if len(parts) == 1:
-        return None
     for part in parts:
         if not part.is_contiguous() or part.data_ptr() != place or part.dtype != first.dtype:
             return None
@@ -205,31 +336,22 @@ def _standing(parts: list[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def _kept(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """`new`, at the address of `old` where that is possible."""
-    if old is None or old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
-        return new
-    return old.copy_(new)
-
-
 def _evaluate(stage: Stage, wanted: list[str], sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Run the part of the weights stage that `wanted` needs."""
     graph = stage.graph
     nodes = dict(zip(stage.outputs, graph.results, strict=True))
     needed = _cone([nodes[name] for name in wanted])
-    interpreter = Interpreter(graph.module())
     values: dict[Node, torch.Tensor] = {}
-    own = {n.name: n for n in interpreter.graph.nodes}
     with torch.no_grad():
         for node in graph.fx.nodes:
             if node not in needed:
                 continue
             if node.op == "placeholder":
                 is_constant = node.meta["role"] == "constant"
-                value = graph.constants[node.name] if is_constant else sources[node.meta["source"]]
+                values[node] = graph.constants[node.name] if is_constant else sources[node.meta["source"]]
             else:
-                value = interpreter.run_node(own[node.name])
-            values[node] = interpreter.env[own[node.name]] = value
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
     return {name: values[nodes[name]] for name in wanted}
 
 

@@ -81,6 +81,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executable, "device_of", lambda index: nearest(90))
     monkeypatch.setattr(executable, "pool_of", lambda index: pool)
     monkeypatch.setattr(graphs, "pool_of", lambda index: pool)
-    monkeypatch.setattr("allaprima.runner.stays_in_place", lambda device: True)
+    for module in ("runner", "engine"):
+        monkeypatch.setattr(f"allaprima.{module}.stays_in_place", lambda device: True)
     monkeypatch.setattr(executable, "ready", lambda *given: True)
     monkeypatch.setattr(plan, "choose", lambda *call: None)
