@@ -16,7 +16,7 @@ import torch
 ALIGNMENT = 512
 """Of each place in its slab, in bytes: as the allocator aligns."""
 
-PORTION_BYTES = 32 << 20
+PORTION_BYTES = 48 << 20
 """A slab is no larger, but for the largest tensor in it: so much more memory is held while tensors move."""
 
 MOST_IN_SLAB = 256

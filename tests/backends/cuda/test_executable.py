@@ -87,12 +87,44 @@ def test_recorded_at_the_second_use_of_a_size_and_replayed_equal(pipe: Any, ours
     t = timesteps(ours)[0]
     eager = step(pipe, sample, t, prompt)
     first = step(ours, sample, t, prompt)
-    assert executable(ours).records == 0, "the first use only plans"
+    assert executable(ours).records == 0, "the first size of all only runs"
     second, third = (step(ours, sample, t, prompt) for _ in range(2))
     assert executable(ours).records == 1
     assert torch.equal(second, third)
     assert_right(first, eager)
     assert_right(second, eager)
+
+
+def test_a_later_size_is_recorded_while_it_is_planned(pipe: Any, ours: Any) -> None:
+    t = timesteps(ours)[0]
+    step(ours, *_ordered((inputs(), t)))
+    for seed in range(3):
+        call = inputs(16, 24, seed=seed), t
+        assert_right(step(ours, *_ordered(call)), step(pipe, *_ordered(call)))
+        assert executable(ours).records == 1
+        assert len(executable(ours).plans) == 2
+
+
+def test_what_cannot_be_recorded_at_once_is_recorded_at_its_second_use(
+    pipe: Any, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library may have to load something first."""
+    t = timesteps(ours)[0]
+    step(ours, *_ordered((inputs(), t)))
+    pool_type = type(graphs.pool_of(0))
+    record, number, refused = pool_type.record, executable(ours)._number, []
+
+    def record_later(self: Any, key: Any, own: list[Any], work: Any) -> None:
+        if key[0] == number and not refused:
+            refused.append(key)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        record(self, key, own, work)
+
+    monkeypatch.setattr(pool_type, "record", record_later)
+    for seed in range(3):
+        call = inputs(16, 24, seed=seed), t
+        assert_right(step(ours, *_ordered(call)), step(pipe, *_ordered(call)))
+        assert executable(ours).records == min(seed, 1)
 
 
 def test_each_step_has_its_own_timestep_and_sample(pipe: Any, ours: Any) -> None:
@@ -643,7 +675,7 @@ def test_many_weights_of_odd_sizes_hold_little_more_than_they_need() -> None:
     with torch.no_grad():
         module(x)
     grown = torch.cuda.max_memory_reserved() - held - graphs.pool_of(0).block_bytes
-    assert grown < 64 << 20, "a slab, and cuBLAS's workspace"
+    assert grown < 96 << 20, "a slab, and cuBLAS's workspace"
     assert lost() - before < weights // 40 + (24 << 20)
     ap.restore(module)
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in module.parameters())
