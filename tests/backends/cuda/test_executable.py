@@ -15,7 +15,7 @@ import torch
 
 import allaprima as ap
 from allaprima.backends.cuda import executable as executable_module
-from allaprima.backends.cuda import graphs, plan
+from allaprima.backends.cuda import graphs, memory
 from allaprima.bench.workloads import aliased
 from allaprima.config import Config
 from allaprima.pipelines import eager, engines, set_scheduler
@@ -308,7 +308,7 @@ def blocks_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     pool.block_bytes = 0
     monkeypatch.setattr(pool, "_renew", watched)
     monkeypatch.setattr(graphs, "BLOCK_GRAIN", 512)
-    monkeypatch.setattr(plan._Block, "LEAST", 0)  # or the small tensors of a test would need no place
+    monkeypatch.setattr(memory._Block, "LEAST", 0)  # or the small tensors of a test would need no place
     return taken
 
 

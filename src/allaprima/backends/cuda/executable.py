@@ -1,4 +1,4 @@
-"""CudaExecutable: one stage on a GPU, planned for each size, recorded at the second use of a size."""
+"""CudaExecutable: one stage on a GPU, planned for each size and recorded while it is planned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,10 @@ _numbers = itertools.count()
 
 
 class CudaExecutable:
-    """A stage as plans of kernels, each replayed as a CUDA graph once its size has come twice.
+    """A stage as plans of kernels, each replayed as a CUDA graph.
+
+    A new size is recorded while its plan is made, so that kernels are launched once.  The first size of all only runs,
+    and is recorded at its second use: libraries begin with things that nothing can record.
 
     Until the kernels are compiled, which happens once a machine, it runs on ATen.
 
@@ -55,6 +58,7 @@ class CudaExecutable:
         self._number = next(_numbers)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._unrecorded: str | None = None
+        self._begun = False
         self._ready = False
         self._instead: AtenExecutable | None = None
         self.failed: str | None = None
@@ -86,7 +90,7 @@ class CudaExecutable:
                     raise
                 return self._give_up(error).run(inputs)
         self._plans.move_to_end(key)
-        if self.config.cuda_graphs and self._unrecorded is None:
+        if self._can_record:
             results = self._pool.replay((self._number, key), inputs)
             if results is None and self._record(key, plan, inputs):
                 results = self._pool.replay((self._number, key), inputs)
@@ -103,6 +107,11 @@ class CudaExecutable:
     def plans(self) -> list[Plan]:
         """Of the sizes in use, the latest last."""
         return list(self._plans.values())
+
+    @property
+    def _can_record(self) -> bool:
+        """Whether graphs are wanted and can be had."""
+        return self.config.cuda_graphs and self._unrecorded is None
 
     @property
     def _pool(self) -> GraphPool:
@@ -128,15 +137,35 @@ class CudaExecutable:
         calls, needed_bytes = in_order(self.graph, given)
         self._pool.reserve(needed_bytes)
 
-        def first() -> list[Any]:
+        def first(inputs: Sequence[Any]) -> list[Any]:
+            given = arguments_of(self.graph, self._weights, inputs)
             with _full_precision():
                 self._plans[key], results = lower(self.graph, given, self._device, calls)
             return results
 
-        results = self._pool.run(first)
+        results = self._recorded_first(key, first, inputs) if self._begun else None
+        if results is None:
+            results = self._pool.run(lambda: first(inputs))
+        self._begun = True
         while len(self._plans) > self.config.max_plans:
             self._plans.popitem(last=False)
         return results
+
+    def _recorded_first(
+        self, key: Any, first: Callable[[Sequence[Any]], list[Any]], inputs: Sequence[torch.Tensor | int]
+    ) -> list[Any] | None:
+        """The results of a graph that was recorded while the plan was made; None where there is none."""
+        if not self._can_record:
+            return None
+        own = self._own(inputs)
+        try:
+            self._pool.record((self._number, key), own, lambda: first(own))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            return None  # something had to be loaded first; at the second use all is there
+        self.records += 1
+        return self._pool.replay((self._number, key), inputs)
 
     def _give_up(self, error: Exception) -> AtenExecutable:
         """Run on ATen from now on: a kernel cannot be compiled or launched on this GPU."""
@@ -148,13 +177,17 @@ class CudaExecutable:
         with _full_precision():
             return plan.run(arguments_of(self.graph, self._weights, inputs))
 
-    def _record(self, key: Any, plan: Plan, inputs: Sequence[torch.Tensor | int]) -> bool:
-        """Record the plan.  returns False, and says so, where that cannot be done: it runs launch by launch then."""
+    def _own(self, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
+        """The tensors that a graph reads its inputs from."""
         with torch.inference_mode(False):
-            own = [
+            return [
                 torch.empty_like(v) if isinstance(v, torch.Tensor) and (volatile or not _is_whole(v)) else v
                 for v, volatile in zip(inputs, self._volatile, strict=True)
             ]
+
+    def _record(self, key: Any, plan: Plan, inputs: Sequence[torch.Tensor | int]) -> bool:
+        """Record the plan.  returns False, and says so, where that cannot be done: it runs launch by launch then."""
+        own = self._own(inputs)
         try:
             self._pool.record((self._number, key), own, lambda: self._again(plan, own))
         except RuntimeError as error:
