@@ -161,8 +161,11 @@ def _convolution(
         batch, channels, height, width, weight.shape[0], tuple(weight.shape[2:]), tuple(stride), tuple(padding),
         len(sources),
     )  # fmt: skip
+    tensors = sources, weight, bias, addend, stride, padding, dilation, groups
+    unfit = convolution.unfit(*tensors)  # the same for all tiles
     for parameters in convolution.candidates(shape, weight.itemsize, device):
-        refused = convolution.supports(sources, weight, bias, addend, stride, padding, dilation, groups, parameters)
+        tiled = isinstance(parameters, convolution.Tile)
+        refused = unfit if tiled else convolution.supports(*tensors, parameters)
         if not refused:
             time = convolution.estimate_us(shape, weight.itemsize, parameters, device, addend is not None)
             yield Candidate(f"conv {parameters.name}", _with(call, parameters), time)

@@ -422,20 +422,46 @@ def supports(
     """Why `parameters` cannot make this convolution; None: they can.  cuDNN can make all."""
     if isinstance(parameters, Library):
         return None
-    if tuple(dilation) != (1, 1) or groups != 1:
-        return "dilation or groups"
-    rows, columns = _result_size(sources[0], weight, stride, padding)
-    if rows < 1 or columns < 1:
-        return "an empty result"
-    if not isinstance(parameters, Tile):
-        if len(sources) > 1:
-            return "several sources"
-        return few_channels_supports(sources[0], weight, bias, addend, stride, padding, parameters)
-    if refused := refuses_parts(parameters, len(sources)):
+    given = sources, weight, bias, addend, stride, padding, dilation, groups
+    if isinstance(parameters, Tile):
+        return refuses_parts(parameters, len(sources)) or unfit(*given)
+    return _window_reason(sources[0], weight, stride, padding, dilation, groups) or (
+        "several sources"
+        if len(sources) > 1
+        else few_channels_supports(sources[0], weight, bias, addend, stride, padding, parameters)
+    )
+
+
+def unfit(
+    sources: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    """Why no tile can make this convolution; None: those can that cut its sum as they may."""
+    if refused := _window_reason(sources[0], weight, stride, padding, dilation, groups):
         return refused
     if max(weight.shape[2:]) > 15:
         return "more than 15 taps along one axis"
+    rows, columns = _result_size(sources[0], weight, stride, padding)
     return fits(sources, (weight,), bias, addend, (sources[0].shape[0], weight.shape[0], rows, columns))
+
+
+def _window_reason(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    if tuple(dilation) != (1, 1) or groups != 1:
+        return "dilation or groups"
+    return "an empty result" if min(_result_size(x, weight, stride, padding)) < 1 else None
 
 
 def refuses_parts(tile: Tile, num_sources: int = 1) -> str | None:
