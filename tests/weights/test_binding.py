@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.fx import Graph as FxGraph
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from allaprima.graph import Graph, TensorSpec, aten
 from allaprima.stage import Program, Time, cut
@@ -97,6 +99,38 @@ def test_derived_values_are_computed_from_the_sources(weights: dict[str, torch.T
     values = binding.values(made.stages[Time.STEP].graph, weights)
     assert any(torch.equal(v, weights["a"] @ weights["b"]) for v in values.values())
     assert any(torch.equal(v, weights["c"] * 2) for v in values.values())
+
+
+class _Alive(TorchDispatchMode):
+    """The most results of operators that were alive when the next one began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[torch.Tensor]] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.most = max(self.most, sum(made() is not None for made in self.made))
+        result = func(*args, **(kwargs or {}))
+        self.made.append(weakref.ref(result))
+        return result
+
+
+def test_what_a_fold_was_computed_from_goes_at_once(weights: dict[str, torch.Tensor]) -> None:
+    fx = FxGraph()
+    x, a = (fx.placeholder(name) for name in "xa")
+    for node, role in ((x, "input"), (a, "parameter")):
+        node.meta = {"role": role, "source": node.name, "spec": SPEC}
+    fold = a
+    for _ in range(6):
+        fold = fx.call_function(aten.mm.default, (fold, a))
+        fold.meta["spec"] = SPEC
+    fx.output((fx.call_function(aten.linear.default, (x, fold)),))
+    list(fx.nodes)[-2].meta["spec"] = SPEC
+    with _Alive() as seen:
+        Binding(cut(Graph(fx), {})).update(weights, weights)
+    assert len(seen.made) == 6
+    assert seen.most == 1
 
 
 def test_only_what_depends_on_a_change_is_computed_again(weights: dict[str, torch.Tensor]) -> None:

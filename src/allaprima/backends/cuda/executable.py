@@ -18,7 +18,7 @@ from ...graph import Graph
 from ..aten import AtenExecutable
 from ..base import INPUT_ROLES
 from .device import Device, device_of
-from .graphs import GraphPool, pool_of
+from .graphs import GraphPool, no_collection, pool_of
 from .order import in_order
 from .plan import Plan, arguments_of, lower
 from .warming import ready
@@ -84,7 +84,8 @@ class CudaExecutable:
         plan = self._plans.get(key)
         if plan is None:
             try:
-                return self._planned(key, inputs)
+                with no_collection():
+                    return self._planned(key, inputs)
             except Exception as error:  # a compiler and a driver raise anything
                 if is_out_of_memory(error):
                     raise

@@ -180,7 +180,7 @@ class GraphPool:
     @contextmanager
     def _recording(self) -> Iterator[None]:
         # A tensor made in inference mode could not be written to outside of it; CUDAGraph makes some of its own.
-        with self._aside(), torch.inference_mode(False), torch.no_grad(), _no_collection():
+        with self._aside(), torch.inference_mode(False), torch.no_grad(), no_collection():
             yield
 
     def _captured(self, graph: torch.cuda.CUDAGraph, work: Callable[[], list[Any]]) -> list[Any]:
@@ -242,7 +242,7 @@ def _copies(made: list[Any]) -> list[Any]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No garbage collection: it may free CUDA objects in the middle of a recording, which ends it with an error."""
     enabled = gc.isenabled()
     gc.disable()

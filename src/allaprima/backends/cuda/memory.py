@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections import Counter
@@ -97,13 +98,14 @@ def symbols_of(graph: Graph, given: Mapping[str, Any]) -> dict[str, int]:
 
 def sizes_of(calls: Sequence[Node], symbols: Mapping[str, int]) -> dict[Node, int]:
     """Bytes of each call's result.  raises NameError where one has a size that is no function of the symbols"""
-    return {node: _nbytes(node.meta.get("spec"), symbols) for node in calls}
 
+    @functools.cache  # hundreds of results have some tens of shapes
+    def nbytes(spec: Any) -> int:
+        if isinstance(spec, TensorSpec):
+            return math.prod(evaluate_shape(spec.shape, symbols)) * spec.dtype.itemsize
+        return sum(map(nbytes, spec)) if isinstance(spec, tuple) else 0
 
-def _nbytes(spec: Any, symbols: Mapping[str, int]) -> int:
-    if isinstance(spec, TensorSpec):
-        return math.prod(evaluate_shape(spec.shape, symbols)) * spec.dtype.itemsize
-    return sum(_nbytes(s, symbols) for s in spec) if isinstance(spec, tuple) else 0
+    return {node: nbytes(node.meta.get("spec")) for node in calls}
 
 
 def block_bytes(calls: Sequence[Node], results: Sequence[Any], sizes: Mapping[Node, int]) -> int:

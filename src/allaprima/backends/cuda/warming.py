@@ -27,6 +27,7 @@ from rich.console import Console
 
 from .compile import every_variant, modules_of, one_of_each
 from .device import Device
+from .launchers import build
 
 if TYPE_CHECKING:
     from .compile import Compilable
@@ -124,7 +125,7 @@ def _inherit(variants: Sequence[Compilable], arch: int) -> None:
 def _compiled(index: int) -> str | None:
     variants, arch = _inherited
     try:
-        variants[index].compile_for(arch)
+        build(variants[index].compile_for(arch))
     except Exception as error:  # the compiler raises anything; the other forms may do
         return f"{variants[index].name}: {type(error).__name__}: {str(error).strip()[:300]}"
     return None
