@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from allaprima.backends.cuda.compile import HOPPER_MODULES, MODULES, Checked, every_variant, one_of_each, problems
+from allaprima.backends.cuda.compile import (
+    HOPPER_MODULES,
+    MODULES,
+    Checked,
+    every_variant,
+    modules_of,
+    one_of_each,
+    problems,
+)
 from allaprima.backends.cuda.kernels.variant import ARCHES
 
 
@@ -38,8 +46,11 @@ def test_every_form(arch: int, dtype: str) -> None:
 
 
 def test_every_kernel_is_in_the_sample() -> None:
-    half = every_variant([torch.float16])
-    assert {v.kernel.__name__ for v in one_of_each(half)} == {v.kernel.__name__ for v in half}
+    half = every_variant([torch.float16], modules_of(90))
+    kernels = [v.kernel for v in one_of_each(half)]
+    assert len(kernels) == len(set(kernels))
+    assert set(kernels) == {v.kernel for v in half}
+    assert [k.__name__ for k in kernels].count("flash") == 2, "the portable one and Hopper's"
     assert len({v.name for v in half}) == len(half)
 
 

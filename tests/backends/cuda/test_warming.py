@@ -150,8 +150,8 @@ class NoGpu:
 
 
 driver.set_active(NoGpu())
-from allaprima.backends.cuda.compile import every_variant, one_of_each
+from allaprima.backends.cuda.compile import every_variant, modules_of, one_of_each
 
-for variant in one_of_each(every_variant([torch.float16])):
+for variant in one_of_each(every_variant([torch.float16], modules_of(90))):
     variant.warm_up()
 """

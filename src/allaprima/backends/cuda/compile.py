@@ -48,7 +48,12 @@ def every_variant(dtypes: Iterable[torch.dtype], modules: Sequence[str] = MODULE
 
 def one_of_each(variants: Sequence[Compilable]) -> list[Compilable]:
     """The last form of each kernel: files list the forms that want much shared memory first."""
-    return list({v.kernel.__name__: v for v in variants}.values())
+    return list({kernel_of(v): v for v in variants}.values())
+
+
+def kernel_of(variant: Compilable) -> str:
+    """Its kernel's name with the module's: Hopper's `flash` is not the portable one."""
+    return f"{variant.kernel.fn.__module__}.{variant.kernel.__name__}"
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ def check(variant: Compilable, arch: int) -> Checked:
 def problems(checked: Sequence[Checked]) -> list[str]:
     """What failed, and kernels of which no form fits a GPU."""
     wrong = [str(c) for c in checked if c.error]
-    kernels = {(c.variant.kernel.__name__, c.arch) for c in checked}
-    fitting = {(c.variant.kernel.__name__, c.arch) for c in checked if c.fits}
+    kernels = {(kernel_of(c.variant), c.arch) for c in checked}
+    fitting = {(kernel_of(c.variant), c.arch) for c in checked if c.fits}
     return wrong + [f"sm_{arch}: no form of {kernel} fits" for kernel, arch in sorted(kernels - fitting)]
 
 
