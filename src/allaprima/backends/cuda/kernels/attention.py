@@ -21,6 +21,7 @@ import triton.language as tl
 
 from ....errors import InputError
 from ..device import Device
+from .dependent import wait
 from .strides import alignment_reason
 from .variant import Launch, Variant
 
@@ -209,6 +210,7 @@ def flash(
 
     q_rows = q + (batch * q_batch + head * q_head) * 8 + (rows.to(tl.int64) * q_row * 8)[:, None]
     in_rows = (rows < num_rows)[:, None]
+    wait()
     q_1 = tl.load(q_rows + c_k1[None, :], mask=in_rows & in_k1, other=0.0)
     q_2 = q_1
     if K_2:
@@ -309,6 +311,7 @@ def flash_few_keys(
     live = (keys < num_keys)[:, None] | (MORE_KEYS > 0)
     k_rows = (keys * k_row * 8)[:, None]
     v_rows = (keys * v_row * 8)[:, None]
+    wait()
     t_1, t_2 = _load_keys(k + k_rows, c_k1[None, :], c_k2[None, :], live, in_k1, in_k2, K_2, not MORE_KEYS)
     u_1, u_2 = _load_keys(v + v_rows, c_v1[None, :], c_v2[None, :], live, in_v1, in_v2, V_2, not MORE_KEYS)
     more = KEYS + tl.arange(0, MORE_KEYS if MORE_KEYS else 16)

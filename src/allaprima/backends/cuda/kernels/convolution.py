@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ....errors import InputError
 from ..device import Device
+from .dependent import wait
 from .epilogue import (
     INT32,
     LAUNCH_US,
@@ -172,6 +173,8 @@ def conv_kernel(
     c = (begin % num_blocks) * BLOCK_K
     r = tap // kernel_columns
     s = tap % kernel_columns
+    # A program without positions is gone: it touches nothing, and others wait for it.
+    wait()
     for _ in range(begin, tl.minimum(begin + each, num_steps)):
         k_inside = c + k < num_c
         tap_inside = ((taps >> r) & (taps >> (s + 16)) & 1) != 0

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..device import Device
+from .dependent import wait
 from .variant import Launch, Variant
 
 LAUNCH_US = 2.5
@@ -85,6 +86,7 @@ def finish_kernel(
     place = (row.to(tl.int64) * num_k)[:, None] + n[None, :]
     size = num_rows.to(tl.int64) * num_k
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    wait()
     for part in range(0, num_parts, 4):
         # Four loads at a time are in flight together; the sum keeps its order.
         first = tl.load(parts + part * size + place, mask=mask, other=0.0)

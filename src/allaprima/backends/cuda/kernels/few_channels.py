@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..device import Device
+from .dependent import wait
 from .epilogue import INT32, LAUNCH_US, Pixels, addend_pixels, aligned, ceil_div, pixels_of
 from .variant import Launch, Variant
 
@@ -57,6 +58,7 @@ def flat_kernel(
     x_start = x + (image * x_image + top * x_row + left * x_column) * UNIT
     w_start = weight + n.to(tl.int64) * weight_k * UNIT
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    wait()
     for first in range(0, depth * UNIT, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         unit = k // UNIT
@@ -111,6 +113,7 @@ def patch_kernel(
     wanted = (n // 4 < 9) & (n % 4 < outputs)
     w_start = weight + (n % 4) * (weight_k8 * 8) + (n // 4) * (weight_tap8 * 8)
     acc = tl.zeros([PIXELS, 64], tl.float32)
+    wait()
     for first in range(0, num_c, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         k_inside = k < num_c

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from ....errors import InputError
 from ..device import Device
+from .dependent import wait
 from .strides import alignment_reason, collapse
 from .variant import Launch, Variant
 
@@ -220,6 +221,7 @@ def normalise_held(
         first + image * image_1 * ALIGN, second + image * image_2 * ALIGN, boundary * ALIGN, step_1 * ALIGN,
         step_2 * ALIGN, channels[None, :], TWO,
     )  # fmt: skip
+    wait()
     x = tl.load(base + rows * step, mask=mask, other=0.0).to(tl.float32)
     gain, shift, extra = _affine(
         weight, bias, addend + image * image_addend * ALIGN, channels, live, has_weight, has_bias, has_addend
@@ -260,6 +262,7 @@ def normalise_whole(
     first += image * image_1 * ALIGN
     second += image * image_2 * ALIGN
     out += image * image_out * ALIGN
+    wait()
     gain, shift, extra = _affine(
         weight, bias, addend + image * image_addend * ALIGN, channels, live, has_weight, has_bias, has_addend
     )
@@ -298,6 +301,7 @@ def partial_statistics(
     low = bundle * span
     channels = low * ALIGN + local
     live = channels < tl.minimum(low + span, channels_total) * ALIGN
+    wait()
     extra = tl.load(
         addend + image * image_addend * ALIGN + channels, mask=live & (has_addend != 0), other=0.0
     ).to(tl.float32)  # fmt: skip
@@ -320,6 +324,7 @@ def finish_statistics(partial, merged, num_parts, pixels_part, pixels, width, ST
     """partial[image·group, 2, part] -> merged[image·group, 2], one program each."""
     index = tl.program_id(0).to(tl.int64)
     row = index * 2 * num_parts + tl.arange(0, 1)
+    wait()
     mean, squares = _merge(partial, row, row >= 0, num_parts, pixels_part, pixels, width, STEP)
     pointers = merged + index * 2 + tl.arange(0, 1)
     tl.store(pointers, mean)
@@ -348,6 +353,7 @@ def normalise_tile(
     tile = num_tiles - 1 - tl.program_id(0) // blocks
     channels = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
     live = channels < channels_total * ALIGN
+    wait()
     gain, shift, extra = _affine(
         weight, bias, addend + image * image_addend * ALIGN, channels, live, has_weight, has_bias, has_addend
     )

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ....errors import InputError
 from ..device import Device
+from .dependent import wait
 from .strides import alignment_reason, collapse
 from .variant import Launch, Variant
 
@@ -60,6 +61,7 @@ def normalise_rows(
     live = columns < num
     mask = (row < num_rows)[:, None] & live[None, :]
     far = row.to(tl.int64)[:, None] * ALIGN
+    wait()
     values = tl.load(x + far * stride_x + columns[None, :], mask=mask, other=0.0)
     gain = tl.load(weight + columns, mask=live & (has_weight != 0), other=1.0).to(tl.float32)
     shift = tl.load(bias + columns, mask=live & (has_bias != 0), other=0.0).to(tl.float32)

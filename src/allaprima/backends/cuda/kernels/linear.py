@@ -21,6 +21,7 @@ import triton.language as tl
 
 from ....errors import InputError
 from ..device import Device
+from .dependent import wait
 from .variant import Launch, Variant
 
 GELU = {None: 0, "none": 1, "tanh": 2}
@@ -130,6 +131,7 @@ def product(
         first = (split * steps) // splits
         last = ((split + 1) * steps) // splits
 
+    wait()
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(first, last):
         if SOURCES == 2:
@@ -195,6 +197,7 @@ def combine(
     stride = num_m.to(tl.int64) * width
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    wait()
     # Unrolled, so that the loads of all parts are in flight together.
     for split in tl.static_range(SPLITS):
         live = mask & (split < splits)

@@ -5,12 +5,15 @@ Sizes are arguments, never constants: a kernel has as many forms as its file lis
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
+
+from .dependent import option, option_here
 
 ARCHES = (80, 86, 89, 90)
 """Compute capabilities for which every kernel is compiled in the tests."""
@@ -55,13 +58,18 @@ class Variant:
 
     @property
     def options(self) -> dict[str, int]:
-        """Keyword arguments of a launch, beside the constants."""
+        """What the compiler is told for any GPU."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
+    @functools.cached_property
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of a launch on any GPU."""
+        return {**self.options, **self.constants}
+
     def warm_up(self) -> None:
         """Compile for the GPU at hand into Triton's cache, without launching."""
-        self.kernel.warmup(*self.arguments, grid=(1,), **self.options, **self.constants)
+        self.kernel.warmup(*self.arguments, grid=(1,), **self.keywords, **option_here())
 
     def compile_for(self, arch: int) -> Any:
         """Compile for compute capability `arch` / 10; needs no GPU.  returns Triton's CompiledKernel"""
@@ -78,7 +86,8 @@ class Variant:
         }
         constants = dict(self.constants)
         source = ASTSource(self.kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+        options = {**self.options, **option(arch)}
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Launch:
 
     def run(self) -> None:
         form = self.variant
-        form.kernel[self.grid](*self.arguments, **form.options, **form.constants)
+        form.kernel[self.grid](*self.arguments, **form.keywords, **option_here())
 
 
 def _type(argument: torch.dtype | int | float) -> str:

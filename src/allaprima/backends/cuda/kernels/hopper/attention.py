@@ -30,6 +30,7 @@ from triton.runtime.jit import constexpr_function
 from .....errors import InputError
 from ...device import Device
 from ..attention import LAUNCH_US, clock_hz
+from ..dependent import wait
 from .form import ARCH, Form, Tile
 
 _LOG2_E = 1.4426950408889634
@@ -394,6 +395,7 @@ def flash(
     for i in gl.static_range(GROUPS):
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
+    wait()
 
     tensors = ((q_1, q_2), (k_1, k_2), (v_1, v_2))
     buffers = (q_s, k_s, v_s)

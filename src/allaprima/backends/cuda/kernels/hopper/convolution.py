@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .....errors import InputError
 from ...device import Device
 from ..convolution import result
+from ..dependent import wait
 from ..epilogue import (
     addend_pixels,
     aligned,
@@ -384,6 +385,7 @@ def hopper_conv(
         mbarrier.init(r_empty.index(i), count=1)
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
+    wait()
     bars = (a_ready, a_empty, b_ready, b_empty, r_ready, r_empty, turn)
     limit = limit8 * 8
     embedding_image = embedding_image8 * 8

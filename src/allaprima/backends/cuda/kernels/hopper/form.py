@@ -12,6 +12,8 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..dependent import option
+
 ARCH = 90
 """The one compute capability that these kernels are for."""
 
@@ -74,11 +76,11 @@ class Form:
         limit = "" if self.registers is None else f" registers={self.registers}"
         return f"hopper.{self.kernel.__name__}({types}) {given} warps={self.num_warps}{limit}"
 
-    @property
-    def options(self) -> dict[str, int]:
+    @functools.cached_property
+    def options(self) -> dict[str, int | bool]:
         """Keyword arguments of a launch, beside the constants."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.num_warps, **limit}
+        return {"num_warps": self.num_warps, **limit, **option(ARCH)}
 
     def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         self.kernel[grid](*arguments, **self.options, **self.constants)
