@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from .compile import every_variant, modules_of, one_of_each
+from .compile import every_variant, kernel_of, modules_of, one_of_each
 from .device import Device
 from .launchers import build
 
@@ -94,7 +94,7 @@ def _marker(variants: Sequence[Compilable], arch: int) -> Path:
     """The file that says that all of them are compiled, of this Triton and from these sources."""
     import triton
 
-    kernels = {v.kernel.__name__: v.kernel.cache_key for v in variants}
+    kernels = {kernel_of(v): v.kernel.cache_key for v in variants}
     parts = (triton.__version__, str(arch), repr(sorted(kernels.items())), *sorted(v.name for v in variants))
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     return Path(triton.knobs.cache.dir) / f"allaprima-{digest}.txt"
