@@ -45,7 +45,7 @@ class SimulatedPool(GraphPool):
     def __init__(self) -> None:
         self.device, self.lock = torch.device("cpu", 0), RLock()
         self._recorded = OrderedDict()
-        self.block_bytes = 0
+        self.block_bytes = self.needed_bytes = 0
 
     def _empty_cache(self) -> None:
         pass

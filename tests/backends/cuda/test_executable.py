@@ -331,7 +331,8 @@ def test_the_block_grows_for_a_larger_size_and_only_then_graphs_go(
 
 
 def test_pictures_are_right_while_the_block_grows(pipe: Any, ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a picture too: the VAE needs more than the UNet, whose graph goes and comes back."""
+    """Within the first picture too: the VAE needs more than the UNet, whose graph goes and comes back.  At a later
+    size the UNet's need tells what the VAE's will be."""
     taken = blocks_taken(monkeypatch)
     arguments = dict(prompt="a red apple", num_inference_steps=3, output_type="np", height=64)
     for turn in range(2):
@@ -342,7 +343,8 @@ def test_pictures_are_right_while_the_block_grows(pipe: Any, ours: Any, monkeypa
                 for p in (pipe, ours)
             )
             assert (eager - made).abs().mean() < 0.01
-            assert (len(taken) > before) == (turn == 0)
+            grown = len(taken) - before
+            assert grown > 1 if (turn, width) == (0, 64) else grown == (turn == 0)
     assert not ap.explain(ours).fallbacks
 
 
@@ -407,9 +409,9 @@ def test_memory_of_many_sizes_is_that_of_the_largest(pipe: Any, monkeypatch: pyt
     needs: list[int] = []
     reserve = pool.reserve
 
-    def watched(nbytes: int) -> None:
+    def watched(nbytes: int, foreseen_bytes: int = 0) -> None:
         needs.append(nbytes)
-        reserve(nbytes)
+        reserve(nbytes, foreseen_bytes)
 
     monkeypatch.setattr(pool, "reserve", watched)
     for module in (executable_module, graphs):
@@ -612,9 +614,9 @@ def test_a_run_takes_no_more_than_was_reserved_for_it(monkeypatch: pytest.Monkey
     taken: list[tuple[int, int]] = []
     reserve, run = pool.reserve, pool.run
 
-    def noted(nbytes: int) -> None:
+    def noted(nbytes: int, foreseen_bytes: int = 0) -> None:
         needs.append(nbytes)
-        reserve(nbytes)
+        reserve(nbytes, foreseen_bytes)
 
     def measured(work: Callable[[], list[Any]]) -> list[Any]:
         first = len(needs) > sum(number > 0 for number, _ in taken)

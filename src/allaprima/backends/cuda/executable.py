@@ -26,6 +26,10 @@ from .warming import ready
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that the kernels compute in."""
 
+FORESEEING_SHARE, FORESEEN_MARGIN = 1 / 8, 1.02
+"""From how small a part of the largest stage's memory on a stage tells how that will grow (a text encoder says nothing
+of pictures), and by how much it may be wrong."""
+
 _numbers = itertools.count()
 
 
@@ -59,6 +63,7 @@ class CudaExecutable:
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._unrecorded: str | None = None
         self._begun = False
+        self._needed_bytes = 0
         self._ready = False
         self._instead: AtenExecutable | None = None
         self.failed: str | None = None
@@ -136,7 +141,8 @@ class CudaExecutable:
         """The results of the first run at these sizes, which makes the plan."""
         given = arguments_of(self.graph, self._weights, inputs)
         calls, needed_bytes = in_order(self.graph, given)
-        self._pool.reserve(needed_bytes)
+        self._pool.reserve(needed_bytes, self._foreseen_bytes(needed_bytes))
+        self._needed_bytes = max(self._needed_bytes, needed_bytes)
 
         def first(inputs: Sequence[Any]) -> list[Any]:
             given = arguments_of(self.graph, self._weights, inputs)
@@ -151,6 +157,16 @@ class CudaExecutable:
         while len(self._plans) > self.config.max_plans:
             self._plans.popitem(last=False)
         return results
+
+    def _foreseen_bytes(self, needed_bytes: int) -> int:
+        """What the largest stage should need where this one needs so much: all grow alike with the size of the picture.
+
+        The block then grows once for a picture, before the first of its graphs is recorded, not again at its decoder.
+        """
+        before, most = self._needed_bytes, self._pool.needed_bytes
+        if not before or needed_bytes <= before or before < FORESEEING_SHARE * most:
+            return 0
+        return int(FORESEEN_MARGIN * most * needed_bytes / before)
 
     def _recorded_first(
         self, key: Any, first: Callable[[Sequence[Any]], list[Any]], inputs: Sequence[torch.Tensor | int]

@@ -59,6 +59,8 @@ class GraphPool:
         self._failed: list[torch.cuda.CUDAGraph] = []
         self._thread = local()
         self.block_bytes = 0
+        self.needed_bytes = 0
+        """The most that any plan needed so far."""
         self._begin()
         # Graphs have to go before the pool and before CUDA does; when the interpreter ends, nothing else sees to that.
         atexit.register(self._end)
@@ -109,13 +111,17 @@ class GraphPool:
             torch.addmm(x[0], x, x)
             self._thread.has_cublas = True
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, foreseen_bytes: int = 0) -> None:
         """Let the pool be one block in which a plan that needs `nbytes` finds its place.
 
         Left alone, the allocator takes a block for each size of tensor, and keeps those of one picture size beside
         those of the next.  When the block grows all graphs go, to be recorded again at their next use, and the GPU is
         waited for.
+
+        foreseen_bytes   what other plans are expected to need, so that it need not grow again for them
         """
+        self.needed_bytes = max(self.needed_bytes, nbytes)
+        nbytes = max(nbytes, foreseen_bytes)
         nbytes += nbytes // 32  # small workspaces of kernels
         with self.lock:
             if nbytes > self.block_bytes:
