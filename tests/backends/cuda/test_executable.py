@@ -337,7 +337,7 @@ def test_pictures_are_right_while_the_block_grows(pipe: Any, ours: Any, monkeypa
     arguments = dict(prompt="a red apple", num_inference_steps=3, output_type="np", height=64)
     for turn in range(2):
         for width in (64, 96, 128):
-            before = len(taken)
+            before, records = len(taken), executable(ours).records if taken else 0
             eager, made = (
                 torch.from_numpy(p(**arguments, width=width, generator=torch.Generator().manual_seed(3)).images)
                 for p in (pipe, ours)
@@ -345,6 +345,8 @@ def test_pictures_are_right_while_the_block_grows(pipe: Any, ours: Any, monkeypa
             assert (eager - made).abs().mean() < 0.01
             grown = len(taken) - before
             assert grown > 1 if (turn, width) == (0, 64) else grown == (turn == 0)
+            if (turn, width) == (1, 128):
+                assert executable(ours).records == records, "it was recorded after the block had grown for all"
     assert not ap.explain(ours).fallbacks
 
 
