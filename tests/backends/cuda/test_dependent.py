@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from allaprima.backends.cuda.compile import every_variant, kernel_of, modules_of
+from allaprima.backends.cuda.kernels import variant
+from allaprima.backends.cuda.kernels.dependent import option
 from allaprima.backends.cuda.kernels.variant import ARCHES
 
 _CODE = """
@@ -60,3 +63,25 @@ def test_every_kernel_waits_before_its_first_access() -> None:
         assert first == "griddepcontrol.wait", kernel
         assert [c for c in code if c.startswith("griddepcontrol")] == ["griddepcontrol.wait"], kernel
         assert len(code) > 2, kernel
+
+
+class _Launched:
+    """Stands for a kernel; keeps what it is launched with."""
+
+    __name__ = "kernel"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **keywords: setattr(self, "seen", (grid, arguments, keywords))
+
+
+@pytest.mark.parametrize("arch", [89, 90])
+def test_every_form_is_launched_as_it_is_compiled(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variant, "option_here", lambda: option(arch))
+    for form in every_variant([torch.float16], modules_of(arch)):
+        kernel = _Launched()
+        variant.Launch(replace(form, kernel=kernel), (1, 2, 3), (4, 5)).run()
+        grid, arguments, keywords = kernel.seen  # type: ignore[attr-defined]
+        assert (grid, arguments) == ((1, 2, 3), (4, 5))
+        assert keywords == {**form.constants, **form.options, **option(arch)}
+        assert keywords.get("launch_pdl", False) == (arch >= 90)
+        assert keywords["num_warps"] == form.num_warps

@@ -103,7 +103,7 @@ def refuse(name, *rest):
 
 driver.set_active(NoGpu())
 knobs.build.impl = refuse
-kernel = form.kernel.warmup(*form.arguments, grid=(1,), **form.options, **form.constants)
+kernel = form.warm_up()
 CudaUtils()
 CudaLauncher(kernel.src, kernel.metadata)
 """

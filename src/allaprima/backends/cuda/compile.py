@@ -12,17 +12,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 
 from .device import nearest
 from .kernels.variant import ARCHES, Variant
-
-if TYPE_CHECKING:
-    from .kernels.hopper.form import Form
-
-    Compilable: TypeAlias = Variant | Form
 
 MODULES = ("attention", "convolution", "group_norm", "layer_norm", "linear", "upsampling")
 """Files under kernels/ with `variants(dtype)`; what they share with others is yielded there too."""
@@ -36,9 +31,9 @@ def modules_of(arch: int) -> tuple[str, ...]:
     return MODULES + (HOPPER_MODULES if arch == 90 else ())
 
 
-def every_variant(dtypes: Iterable[torch.dtype], modules: Sequence[str] = MODULES) -> list[Compilable]:
+def every_variant(dtypes: Iterable[torch.dtype], modules: Sequence[str] = MODULES) -> list[Variant]:
     """All forms that calls in these dtypes may ask for, each once."""
-    found: dict[str, Compilable] = {}
+    found: dict[str, Variant] = {}
     for dtype in dtypes:
         for name in modules:
             module = import_module(f".kernels.{name}", __package__)
@@ -46,12 +41,12 @@ def every_variant(dtypes: Iterable[torch.dtype], modules: Sequence[str] = MODULE
     return list(found.values())
 
 
-def one_of_each(variants: Sequence[Compilable]) -> list[Compilable]:
+def one_of_each(variants: Sequence[Variant]) -> list[Variant]:
     """The last form of each kernel: files list the forms that want much shared memory first."""
     return list({kernel_of(v): v for v in variants}.values())
 
 
-def kernel_of(variant: Compilable) -> str:
+def kernel_of(variant: Variant) -> str:
     """Its kernel's name with the module's: Hopper's `flash` is not the portable one."""
     return f"{variant.kernel.fn.__module__}.{variant.kernel.__name__}"
 
@@ -64,7 +59,7 @@ class Checked:
     error         what the compiler said, or None
     """
 
-    variant: Compilable
+    variant: Variant
     arch: int
     shared_bytes: int
     error: str | None
@@ -78,7 +73,7 @@ class Checked:
         return f"sm_{self.arch} {self.variant.name}: {self.error or f'{self.shared_bytes} bytes of shared memory'}"
 
 
-def check(variant: Compilable, arch: int) -> Checked:
+def check(variant: Variant, arch: int) -> Checked:
     """Compile for a GPU that need not be here."""
     try:
         compiled: Any = variant.compile_for(arch)
@@ -106,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     dtypes = [getattr(torch, name) for name in given.dtype or ["float16"]]
 
-    def of(arch: int) -> list[Compilable]:
+    def of(arch: int) -> list[Variant]:
         allowed = modules_of(arch)
         found = every_variant(dtypes, [m for m in given.module or allowed if m in allowed])
         return one_of_each(found) if given.sample else found

@@ -20,17 +20,14 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
 from .compile import every_variant, kernel_of, modules_of, one_of_each
 from .device import Device
+from .kernels.variant import Variant
 from .launchers import build
-
-if TYPE_CHECKING:
-    from .compile import Compilable
 
 
 def ready(dtype: torch.dtype, device: Device) -> bool:
@@ -90,7 +87,7 @@ def _start(dtype: torch.dtype, device: Device) -> subprocess.Popen[bytes] | None
     return process
 
 
-def _marker(variants: Sequence[Compilable], arch: int) -> Path:
+def _marker(variants: Sequence[Variant], arch: int) -> Path:
     """The file that says that all of them are compiled, of this Triton and from these sources."""
     import triton
 
@@ -103,7 +100,7 @@ def _marker(variants: Sequence[Compilable], arch: int) -> Path:
 # ---- the process beside --------------------------------------------------------------------------------------------
 
 
-def compile_all(variants: Sequence[Compilable], arch: int, processes: int | None = None) -> list[str]:
+def compile_all(variants: Sequence[Variant], arch: int, processes: int | None = None) -> list[str]:
     """Compile into Triton's cache, in as many processes as there are cores.  returns what went wrong, by form"""
     count = min(len(variants), processes or os.cpu_count() or 1)
     # Forked, so that they need not import torch again; nothing here has started a thread.  Kernels cannot be pickled,
@@ -113,10 +110,10 @@ def compile_all(variants: Sequence[Compilable], arch: int, processes: int | None
     return [text for text in wrong if text]
 
 
-_inherited: tuple[Sequence[Compilable], int] = ((), 0)
+_inherited: tuple[Sequence[Variant], int] = ((), 0)
 
 
-def _inherit(variants: Sequence[Compilable], arch: int) -> None:
+def _inherit(variants: Sequence[Variant], arch: int) -> None:
     global _inherited
     _inherited = variants, arch
     os.nice(5)

@@ -40,7 +40,7 @@ class Variant:
     """
 
     kernel: Any
-    arguments: tuple[torch.dtype | int | float, ...]
+    arguments: tuple[Any, ...]
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
@@ -53,8 +53,9 @@ class Variant:
     def name(self) -> str:
         given = " ".join(f"{k}={v}" for k, v in self.constants.items())
         types = ",".join(_TYPES[a] for a in self.arguments if isinstance(a, torch.dtype))
-        limit = "" if self.registers is None else f" registers={self.registers}"
-        return f"{self.kernel.__name__}({types}) {given} warps={self.num_warps} stages={self.num_stages}{limit}"
+        short = {"num_warps": "warps", "num_stages": "stages", "maxnreg": "registers"}
+        told = " ".join(f"{short[k]}={v}" for k, v in self.options.items())
+        return f"{self.kernel.__name__}({types}) {given} {told}"
 
     @property
     def options(self) -> dict[str, int]:
@@ -67,27 +68,48 @@ class Variant:
         """Keyword arguments of a launch on any GPU."""
         return {**self.options, **self.constants}
 
-    def warm_up(self) -> None:
-        """Compile for the GPU at hand into Triton's cache, without launching."""
-        self.kernel.warmup(*self.arguments, grid=(1,), **self.keywords, **option_here())
+    def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        self.kernel[grid](*arguments, **self.keywords, **option_here())
+
+    def warm_up(self) -> Any:
+        """Compile for the GPU at hand into Triton's cache, without launching.  returns Triton's CompiledKernel"""
+        return self.kernel.warmup(*map(self._shown, self.arguments), grid=(1,), **self.keywords, **option_here())
 
     def compile_for(self, arch: int) -> Any:
         """Compile for compute capability `arch` / 10; needs no GPU.  returns Triton's CompiledKernel"""
         import triton
         from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
 
         names = [p.name for p in self.kernel.params if p.name not in self.constants]
-        signature = {n: _type(a) for n, a in zip(names, self.arguments, strict=True)}
+        given = dict(zip(names, self.arguments, strict=True))
         aligned = {
             (self.kernel.arg_names.index(n),): [["tt.divisibility", 16]]
-            for n, a in zip(names, self.arguments, strict=True)
+            for n, a in given.items()
             if isinstance(a, torch.dtype)
         }
         constants = dict(self.constants)
-        source = ASTSource(self.kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
+        signature = {n: self._type(a) for n, a in given.items()} | dict.fromkeys(constants, "constexpr")
+        source = self._source()(self.kernel, signature, constants, aligned)
         options = {**self.options, **option(arch)}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    @staticmethod
+    def _source() -> Any:
+        """The class of what Triton's compiler takes."""
+        from triton.compiler import ASTSource
+
+        return ASTSource
+
+    @staticmethod
+    def _type(argument: Any) -> str:
+        if isinstance(argument, torch.dtype):
+            return "*" + _TYPES[argument]
+        return "fp32" if isinstance(argument, float) else "i32"
+
+    @staticmethod
+    def _shown(argument: Any) -> Any:
+        """What stands for the argument where only its kind counts."""
+        return argument
 
 
 @dataclass(frozen=True)
@@ -99,11 +121,4 @@ class Launch:
     arguments: tuple[Any, ...]
 
     def run(self) -> None:
-        form = self.variant
-        form.kernel[self.grid](*self.arguments, **form.keywords, **option_here())
-
-
-def _type(argument: torch.dtype | int | float) -> str:
-    if isinstance(argument, torch.dtype):
-        return "*" + _TYPES[argument]
-    return "fp32" if isinstance(argument, float) else "i32"
+        self.variant.launch(self.grid, self.arguments)

@@ -644,7 +644,7 @@ def _launch(p: Problem, tile: Tile, out: torch.Tensor, num_sms: int) -> Launch:
     box = form.arguments
     x = _descriptors(p.x, box[:2])
     lines = p.weight.permute(0, 2, 3, 1).flatten(1, 2)
-    w = [b.of(lines) for b in box[2:4]]  # type: ignore[union-attr]
+    w = [b.of(lines) for b in box[2:4]]
     target = p.x if partial else out
     results = _descriptors(target, box[4:6])
     residuals = results if partial or p.residual is None else _descriptors(p.residual, box[6:8])
@@ -655,7 +655,7 @@ def _launch(p: Problem, tile: Tile, out: torch.Tensor, num_sms: int) -> Launch:
     same = p.residual is not None and p.residual.shape[0] == 1
     embedding = None if p.embedding is None else pixels_of(p.embedding)
     return Launch(
-        form,  # type: ignore[arg-type]
+        form,
         (min(units, num_sms * (2 if tile.shared else 1)), 1, 1),
         (
             *x, *w, *results, *residuals, out, none if p.bias is None else p.bias,

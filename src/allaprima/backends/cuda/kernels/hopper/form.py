@@ -1,18 +1,16 @@
-"""One compiled form of a Gluon kernel; what `variant.Variant` is to kernels in plain Triton."""
+"""Forms of kernels in Gluon, and the tiles that they are given."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..dependent import option
+from ..variant import Variant
 
 ARCH = 90
 """The one compute capability that these kernels are for."""
@@ -49,64 +47,34 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Form:
-    """What is fixed when a kernel is compiled.
+class Form(Variant):
+    """A kernel in Gluon; its arguments may be tiles, for descriptors.
 
-    kernel     the function under @gluon.jit
-    arguments  its arguments in order, without constants: a tile for a descriptor, a dtype for a pointer, an int or a
-               float for a number (only its type counts)
-    constants  the constexpr arguments
     num_warps  of the part of the program that is not specialised
     registers  of a thread when the program starts; None: as many as one program on a multiprocessor may have
     """
 
-    kernel: Any
-    arguments: tuple[Tile | torch.dtype | int | float, ...]
-    constants: Mapping[str, Any]
-    num_warps: int = 4
-    registers: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "constants", MappingProxyType(dict(self.constants)))
-
     @property
     def name(self) -> str:
-        given = " ".join(f"{k}={v}" for k, v in self.constants.items())
-        types = ",".join(_TYPES[a] for a in self.arguments if isinstance(a, torch.dtype))
-        limit = "" if self.registers is None else f" registers={self.registers}"
-        return f"hopper.{self.kernel.__name__}({types}) {given} warps={self.num_warps}{limit}"
+        return f"hopper.{super().name}"
 
-    @functools.cached_property
-    def options(self) -> dict[str, int | bool]:
-        """Keyword arguments of a launch, beside the constants."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.num_warps, **limit, **option(ARCH)}
+    @property
+    def options(self) -> dict[str, int]:
+        return {k: v for k, v in super().options.items() if k != "num_stages"}  # the kernels' own constants say that
 
-    def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        self.kernel[grid](*arguments, **self.options, **self.constants)
-
-    def warm_up(self) -> None:
-        """Compile for the GPU at hand into Triton's cache, without launching."""
-        given = [a.of(_Shown(a)) if isinstance(a, Tile) else a for a in self.arguments]
-        self.kernel.warmup(*given, grid=(1,), **self.options, **self.constants)
-
-    def compile_for(self, arch: int = ARCH) -> Any:
-        """Compile without a GPU.  returns Triton's CompiledKernel"""
-        import triton
-        from triton.backends.compiler import GPUTarget
+    @staticmethod
+    def _source() -> Any:
         from triton.experimental.gluon._runtime import GluonASTSource
 
-        names = [p.name for p in self.kernel.params if p.name not in self.constants]
-        given = dict(zip(names, self.arguments, strict=True))
-        aligned = {
-            (self.kernel.arg_names.index(n),): [["tt.divisibility", 16]]
-            for n, a in given.items()
-            if isinstance(a, torch.dtype)
-        }
-        constants = dict(self.constants)
-        signature = {n: _type(a) for n, a in given.items()} | dict.fromkeys(constants, "constexpr")
-        source = GluonASTSource(self.kernel, signature, constants, aligned)
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+        return GluonASTSource
+
+    @staticmethod
+    def _type(argument: Any) -> str:
+        return argument.type if isinstance(argument, Tile) else Variant._type(argument)
+
+    @staticmethod
+    def _shown(argument: Any) -> Any:
+        return argument.of(_Shown(argument)) if isinstance(argument, Tile) else argument
 
 
 class _Shown:
@@ -121,11 +89,3 @@ class _Shown:
     @staticmethod
     def data_ptr() -> int:
         return 0
-
-
-def _type(argument: Tile | torch.dtype | int | float) -> str:
-    if isinstance(argument, Tile):
-        return argument.type
-    if isinstance(argument, torch.dtype):
-        return "*" + _TYPES[argument]
-    return "fp32" if isinstance(argument, float) else "i32"
