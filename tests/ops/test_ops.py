@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from allaprima import ops
 from allaprima.graph import target_name, target_named
+from allaprima.ops import upsampling
 from allaprima.ops.convolution import conv2d_flops
 from allaprima.ops.linear import linear_flops
 from allaprima.ops.sdpa import attention_flops
@@ -150,6 +152,29 @@ def test_folded_upsampling_is_exact_for_all_four_parities(
     plain, folded = ops.upsample_conv(*args), ops.upsample_conv_folded(*args)
     assert plain.shape == folded.shape
     assert error(folded, plain) < 1e-14
+
+
+def test_taps_are_folded_a_few_outputs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums in float32 of all outputs together are several times as large as the result."""
+    weight = randn(11, 5, 3, 3).half()
+    whole = ops.fold_upsample_weight(weight)
+    monkeypatch.setattr(upsampling, "_AT_ONCE", 4)
+    with _Wide() as seen:
+        folded = ops.fold_upsample_weight(weight)
+    assert torch.equal(folded, whole)
+    assert 0 < seen.most < whole.numel()
+
+
+class _Wide(TorchDispatchMode):
+    """The most elements of a result in float32."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.most = max(self.most, result.numel())
+        return result
 
 
 def test_without_a_size_the_picture_is_doubled() -> None:

@@ -26,6 +26,9 @@ import torch.nn.functional as F
 # [parity, tap of the small picture, tap of the large one]; parity 0 is the odd row 2p - 1, which comes first.
 _FOLD = (((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)), ((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)))
 
+_AT_ONCE = 64
+"""Outputs of a weight that are folded at a time."""
+
 
 def upsample_conv(
     x: torch.Tensor,
@@ -83,8 +86,11 @@ def fold_upsample_weight(weight: torch.Tensor) -> torch.Tensor:
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     fold = torch.tensor(_FOLD, dtype=wide, device=weight.device)
-    taps = torch.einsum("iar,jbs,kcrs->kijcab", fold, fold, weight.to(wide))
-    return taps.flatten(0, 2).to(weight.dtype)
+    folded = weight.new_empty((4 * weight.shape[0], weight.shape[1], 2, 2))
+    # A few outputs at a time: all sums in f32 together would take more memory than a small picture does.
+    for some, place in zip(torch.split(weight, _AT_ONCE), torch.split(folded, 4 * _AT_ONCE), strict=True):
+        place.copy_(torch.einsum("iar,jbs,kcrs->kijcab", fold, fold, some.to(wide)).flatten(0, 2))
+    return folded
 
 
 def _target(x: torch.Tensor, height: int | None, width: int | None) -> tuple[int, int]:
