@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +115,16 @@ def test_ours_tells_what_it_cost() -> None:
     assert all(cost is not None and cost > 0 for cost in (ours.capture_s, ours.rebuild_s, ours.cached_s))
     assert ours.cached_s < ours.first_s  # type: ignore[operator]
     assert ours.fallbacks == ()
+
+
+def test_without_costs_captures_of_earlier_runs_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ALLAPRIMA_CACHE", str(tmp_path))
+    first, second = (measure(tiny_pipeline(), [TEXT], ["ours"], repeats=2, costs=False) for _ in range(2))
+    assert [results.builds[1].captures for results in (first, second)] == [1, 0]
+    for results in (first, second):
+        ours = results.builds[1]
+        assert by_variant(results, TEXT)["ours"].status == "ok"
+        assert (ours.rebuild_s, ours.cached_s, ours.fallbacks) == (None, None, ())
 
 
 def test_errors_and_their_limits() -> None:

@@ -56,6 +56,14 @@ CompileLimitOption = Annotated[
 MemoryOption = Annotated[
     bool, typer.Option("--memory/--no-memory", help="Also measure peak memory, each variant in a process of its own.")
 ]
+CostsOption = Annotated[
+    bool,
+    typer.Option(
+        "--costs/--no-costs",
+        help="Also measure what the first call, a changed weight and a second pipeline cost; without, captures of "
+        "earlier runs are used and it is sooner done.",
+    ),
+]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder for the JSON lines and the plot.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="The last line on stdout is one JSON document with all of it.")
@@ -78,6 +86,7 @@ class Options:
     steps: int
     threads: int | None
     compile_limit: float
+    costs: bool
     memory: bool
     output: Path
     as_json: bool
@@ -96,6 +105,7 @@ def bench(
     steps: StepsOption = 20,
     threads: ThreadsOption = None,
     compile_limit: CompileLimitOption = 300.0,
+    costs: CostsOption = True,
     memory: MemoryOption = True,
     output: OutputOption = Path("benchmarks"),
     as_json: JsonOption = False,
@@ -173,6 +183,7 @@ def _measured(options: Options, pipe: Any, console: Console) -> Results:
             names,
             repeats=options.repeats,
             compile_limit_s=options.compile_limit,
+            costs=options.costs,
             memory=_peaks_of(options, pipe) if options.memory else None,
             say=status.update,
         )

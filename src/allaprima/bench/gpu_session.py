@@ -49,7 +49,7 @@ class Section:
 def _bench(what: str, sizes: str, variants: str, more: str = "") -> str:
     return (
         f"allaprima.bench.command ARCH --what {what} --sizes {sizes} --variants {variants} --no-memory "
-        f"--output PARTS/NUMBER {more}"
+        f"--no-costs --output PARTS/NUMBER {more}"
     )
 
 

@@ -124,6 +124,7 @@ def measure(
     *,
     repeats: int = 20,
     compile_limit_s: float = 300.0,
+    costs: bool = True,
     memory: Callable[[str, Case], Peaks] | None = None,
     say: Say = lambda line: None,
 ) -> Results:
@@ -131,18 +132,23 @@ def measure(
 
     pipe       not optimized; it is left as it is
     variants   names of `VARIANTS`; eager is always among them, as the measure of the others
+    costs      whether to measure what a first call, a changed weight and a second pipeline cost; else captures of
+               earlier runs are used, which is quicker
     memory     (variant, case) -> peak memory, or None to leave it out
     say        is told what is going on
     """
     names = list(dict.fromkeys(["eager", *variants]))
     ceiling = measured_ceiling(pipe.unet.dtype, pipe.device.type)
-    with _empty_cache():
+    with _empty_cache() if costs else contextlib.nullcontext():
         truths = _truths(pipe, cases, say)
         entries = [_built(pipe, name, cases, truths, compile_limit_s, say) for name in names]
         _gate(entries, cases, pipe.unet.dtype)
         times = {case: _timed(entries, case, repeats, say) for case in cases}
         for entry in sorted(entries, key=lambda entry: entry.name == "ours"):
-            _later_costs(entry, pipe, cases, say)
+            if entry.name == "ours" and not entry.ended:
+                if costs:
+                    _later_costs(entry, pipe, cases[0], say)
+                entry.build |= _told(entry)
             entry.pipe = None  # its memory is needed: of SD 1.5 in float32 each copy takes gigabytes
     # Before and after: what disturbed the machine at one end should not make the floor look near.
     ceiling = ceiling.or_better(measured_ceiling(pipe.unet.dtype, pipe.device.type))
@@ -274,14 +280,9 @@ def _timed(entries: Sequence[_Entry], case: Case, repeats: int, say: Say) -> dic
     return alternate(calls, repeats=repeats, device=device, least_ms=LOOP_MS if device.type == "cuda" else 0.0)
 
 
-def _later_costs(entry: _Entry, pipe: Any, cases: Sequence[Case], say: Say) -> None:
-    """What a changed weight and a second pipeline cost, where they cost anything; for ours, what `explain` counted."""
-    if entry.ended or entry.name != "ours":
-        return
-    from ..explanation import explain
-
+def _later_costs(entry: _Entry, pipe: Any, case: Case, say: Say) -> None:
+    """What a changed weight and a second pipeline cost."""
     say(f"{entry.name}: a changed weight, a second pipeline")
-    case = cases[0]
     call = WORKLOADS[case.what].cycle(entry.pipe, case)
     with torch.no_grad():
         for path in components_of([case.what]):
@@ -290,8 +291,14 @@ def _later_costs(entry: _Entry, pipe: Any, cases: Sequence[Case], say: Say) -> N
     second = aliased(pipe)
     prepare_s = seconds(lambda: VARIANTS[entry.name](second, components_of([case.what])), pipe.device)
     entry.build["cached_s"] = prepare_s + seconds(WORKLOADS[case.what].cycle(second, case), pipe.device)
+
+
+def _told(entry: _Entry) -> dict[str, Any]:
+    """What `explain` counted."""
+    from ..explanation import explain
+
     told = explain(entry.pipe)
-    entry.build |= {
+    return {
         "captures": told.captures,
         "capture_s": told.capture_s,
         "rebuilds": told.rebuilds,
