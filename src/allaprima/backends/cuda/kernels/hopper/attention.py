@@ -1,10 +1,10 @@
-"""Attention for Hopper: one warp loads blocks of keys and values, two to four warpgroups each make 64 rows.
+"""Attention for Hopper: one warp loads blocks of keys and values, two or three warpgroups each make 64 rows.
 
 The products are WGMMA from the shared memory, their weights p stay in registers.  While a block's p·v runs, the scores
-of the next block are already there and become weights; the warpgroups take turns on the tensor cores by themselves or,
-with TURNS, in a fixed order.  Tiles have widths that are powers of two, so that a head of 40 channels is computed as
-32 + 16 (or p·v padded to 64), 80 as 64 + 16, 160 as 128 + 32; the copy engine fills what lies outside of a tensor with
-zeros, so that no size needs padding in memory.
+of the next block are already there and become weights; the warpgroups take turns on the tensor cores by themselves.
+Tiles have widths that are powers of two, so that a head of 40 channels is computed as 32 + 16 (or p·v padded to 64),
+80 as 64 + 16, 160 as 128 + 32; the copy engine fills what lies outside of a tensor with zeros, so that no size needs
+padding in memory.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # Arguments of kernels are Triton's: Python never sees them.
@@ -136,64 +136,13 @@ def _rescale_constraints(count):
 
 
 @gluon.jit
-def _rescale(acc, factor, LAYOUT: gl.constexpr, WIDTH: gl.constexpr, LAZY: gl.constexpr):
+def _rescale(acc, factor, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
     """Accumulators times the factor of their row."""
     factor = gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
-    if LAZY:
-        factors = gl.broadcast(factor[:, None], acc)[0]
-        return gl.inline_asm_elementwise(
-            _rescale_asm(WIDTH // 2), _rescale_constraints(WIDTH // 2), [acc, factors], gl.float32, True, WIDTH // 2
-        )
-    else:
-        return acc * factor[:, None]
-
-
-@constexpr_function
-def _weights_asm(poly):
-    """PTX: 2^(s·factor − m) of 8 scores, the last `poly` of them by a polynomial; m is whole.
-
-    The exponential unit makes 4 results in a clock for each quarter of a multiprocessor, which is less than all else
-    needs; 2^r for |r| ≤ 1/2 by a cubic is right to 2^-13.7, and its exponent is added as an integer.
-    """
-    lines = ["{ .reg .f32 x<8>, t<8>, u<8>; .reg .b32 n<8>;"]
-    for i in range(8):
-        s, factor, m, shifted = (f"${8 * k + i}" for k in (1, 2, 3, 4))
-        if i < 8 - poly:
-            lines += [
-                f"neg.f32 t{i}, {m};",
-                f"fma.rn.f32 x{i}, {s}, {factor}, t{i};",
-                f"ex2.approx.ftz.f32 ${i}, x{i};",
-            ]
-            continue
-        lines += [
-            f"fma.rn.f32 t{i}, {s}, {factor}, {shifted};",  # 3·2^22 + the nearest whole number
-            f"max.f32 t{i}, t{i}, 0f4B3FFF82;",  # 3·2^22 - 126
-            f"sub.f32 u{i}, t{i}, {shifted}; neg.f32 u{i}, u{i};",
-            f"fma.rn.f32 x{i}, {s}, {factor}, u{i};",
-            f"fma.rn.f32 u{i}, x{i}, 0f3D61FBB0, 0f3E786F0D;",
-            f"fma.rn.f32 u{i}, u{i}, x{i}, 0f3F31798D;",
-            f"fma.rn.f32 u{i}, u{i}, x{i}, 0f3F7FFB49;",
-            f"mov.b32 n{i}, t{i}; shl.b32 n{i}, n{i}, 23;",
-            f"{{ .reg .b32 y; mov.b32 y, u{i}; add.s32 y, y, n{i}; mov.b32 ${i}, y; }}",
-        ]
-    return "\n".join([*lines, "}"])
-
-
-_CONSTRAINTS = gl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f" + ",f" * 32)
-
-
-@gluon.jit
-def _weights(s, factor, m, POLY: gl.constexpr):
-    """2^(s·factor − m): scaling inside of the exponent is one fused multiply-add, and leaves q unrounded."""
-    if POLY:
-        shifted = 12582912.0 - m
-        s, m_all = gl.broadcast(s, m[:, None])
-        s, shifted_all = gl.broadcast(s, shifted[:, None])
-        factors = gl.zeros_like(s) + factor
-        operands = [s, factors, m_all, shifted_all]
-        return gl.inline_asm_elementwise(_weights_asm(POLY), _CONSTRAINTS, operands, gl.float32, True, 8)
-    else:
-        return gl.exp2(s * factor - m[:, None])
+    factors = gl.broadcast(factor[:, None], acc)[0]
+    return gl.inline_asm_elementwise(
+        _rescale_asm(WIDTH // 2), _rescale_constraints(WIDTH // 2), [acc, factors], gl.float32, True, WIDTH // 2
+    )
 
 
 @gluon.jit
@@ -228,20 +177,16 @@ def _compute(
     out, buffers, bars, place, sizes, num_blocks, factor,
     GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     K_1: gl.constexpr, K_2: gl.constexpr, V_1: gl.constexpr, V_2: gl.constexpr,
-    CHANNELS: gl.constexpr, ONES: gl.constexpr, LAZY: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr,
-    POLY: gl.constexpr,
+    CHANNELS: gl.constexpr, ONES: gl.constexpr,
 ):  # fmt: skip
-    """64 rows of the result.
-
-    AHEAD   the weights of a block are made while p·v of the block before runs; else both products are awaited first
-    """
+    """64 rows of the result."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     A_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_1, 16])
     A_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_2 if V_2 else 16, 16])
     P_1: gl.constexpr = gl.DotOperandLayout(0, A_1, 2)
     P_2: gl.constexpr = gl.DotOperandLayout(0, A_2, 2)
     q_s, k_s, v_s = buffers
-    q_full, k_full, k_free, v_full, v_free, turn = bars
+    q_full, k_full, k_free, v_full, v_free = bars
     batch, head, first_row = place
     num_rows, num_keys, num_heads = sizes
     dtype: gl.constexpr = k_s[0].dtype
@@ -255,8 +200,6 @@ def _compute(
     keys = (num_blocks - 1) * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, S))
     s = gl.where((keys < num_keys)[None, :], s, -float("inf"))
     m = _row_max(s, KEYS) * factor
-    if POLY:
-        m = gl.ceil(m)
     p_wide = gl.exp2(s * factor - m[:, None])
     if ONES:
         total = m
@@ -271,28 +214,18 @@ def _compute(
         stage = i % STAGES
         old = (i - 1) % STAGES
         mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
-        if TURNS:
-            # The first group's first turn needs no one before it.
-            mbarrier.wait(turn.index(GROUP), ((i - 1) & 1) ^ (1 if GROUP == 0 else 0))
         s = _scores(q_s, k_s, GROUP, stage, S, KEYS, K_1, K_2)
         acc_1, acc_2 = _weigh(p, acc_1, acc_2, v_s, old, P_1, P_2, KEYS, V_1, V_2)
-        if TURNS:
-            mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1)
-        if AHEAD:
-            s = warpgroup_mma_wait(num_outstanding=2 if V_2 else 1, deps=(s,))
-        else:
-            s, acc_1, acc_2, p = warpgroup_mma_wait(num_outstanding=0, deps=(s, acc_1, acc_2, p))
-            mbarrier.arrive(v_free.index(old), count=1)
+        # The weights of this block are made while p·v of the block before runs.
+        s = warpgroup_mma_wait(num_outstanding=2 if V_2 else 1, deps=(s,))
         mbarrier.arrive(k_free.index(stage), count=1)
         top = gl.maximum(m, _row_max(s, KEYS) * factor)
-        if POLY:
-            top = gl.ceil(top)
-        if LAZY:
-            # A half holds 2^8 as well as 1: the exponent that all is relative to may stay that far behind.
-            top = gl.where(top > m + 8.0, top, m)
+        # A half holds 2^8 as well as 1: the exponent that all is relative to may stay that far behind.
+        top = gl.where(top > m + 8.0, top, m)
         shrink = gl.exp2(m - top)
         m = top
-        p_wide = _weights(s, factor, m, POLY)
+        # Scaling inside of the exponent is one fused multiply-add, and leaves q unrounded.
+        p_wide = gl.exp2(s * factor - m[:, None])
         if not ONES:
             by_sum = gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
             total = total * by_sum[:, None] + _row_sums(p_wide, KEYS)
@@ -300,12 +233,11 @@ def _compute(
         # Needed in the next turn only; but the assembler moves nothing across this loop, and without it would put the
         # wait for p·v before the exponentials.
         mbarrier.wait(v_full.index(stage), (i // STAGES) & 1)
-        if AHEAD:
-            acc_1, acc_2, p = warpgroup_mma_wait(num_outstanding=0, deps=(acc_1, acc_2, p))
-            mbarrier.arrive(v_free.index(old), count=1)
-        acc_1 = _rescale(acc_1, shrink, A_1, V_1, LAZY)
+        acc_1, acc_2, p = warpgroup_mma_wait(num_outstanding=0, deps=(acc_1, acc_2, p))
+        mbarrier.arrive(v_free.index(old), count=1)
+        acc_1 = _rescale(acc_1, shrink, A_1, V_1)
         if V_2:
-            acc_2 = _rescale(acc_2, shrink, A_2, V_2, LAZY)
+            acc_2 = _rescale(acc_2, shrink, A_2, V_2)
         p = p_next
 
     last = num_blocks - 1
@@ -358,8 +290,7 @@ def flash(
     q_1, q_2, k_1, k_2, v_1, v_2, out, num_rows, num_keys, num_heads, factor,
     CHANNELS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     K_1: gl.constexpr, K_2: gl.constexpr, V_1: gl.constexpr, V_2: gl.constexpr,
-    ONES: gl.constexpr, LAZY: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr,
-    POLY: gl.constexpr, REGISTERS: gl.constexpr,
+    ONES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out[b, n, h] = Σₘ softmaxₘ(factor·ln2·q[b, n, h]·k[b, m, h])·v[b, m, h].
 
@@ -369,8 +300,6 @@ def flash(
     GROUPS     warpgroups that compute, of 64 rows each
     K_1, K_2   widths of the two parts of q and k; K_2 0: one part, padded;  V_1, V_2 likewise
     ONES       a padded column of v reads 1, so that the product with v also sums the weights
-    LAZY       what was summed is rescaled only when the largest score has grown by more than 2^8
-    POLY       of every 8 exponentials that many by a polynomial, to relieve the unit for exponentials
     REGISTERS  of a thread that computes, from the second warpgroup on; the first takes what is left
     """
     place = (gl.program_id(1) // num_heads, gl.program_id(1) % num_heads, gl.program_id(0) * (64 * GROUPS))
@@ -384,7 +313,6 @@ def flash(
     v_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
@@ -392,70 +320,47 @@ def flash(
         mbarrier.init(v_here.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_free.index(i), count=GROUPS)
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
     wait()
 
     tensors = ((q_1, q_2), (k_1, k_2), (v_1, v_2))
     buffers = (q_s, k_s, v_s)
-    bars = (q_full, k_full, k_free, v_full, v_free, turn)
+    bars = (q_full, k_full, k_free, v_full, v_free)
     load_bars = (q_full, k_full, k_free, v_here, v_full, v_free)
     sizes = (num_rows, num_keys, num_heads)
     num_blocks = (num_keys + KEYS - 1) // KEYS
     W: gl.constexpr = REGISTERS
-    gl.static_assert(GROUPS == 2 or GROUPS == 3 or GROUPS == 4)
+    gl.static_assert(GROUPS == 2 or GROUPS == 3)
     if GROUPS == 2:
         gl.warp_specialize([
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 0, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
+                CHANNELS, ONES,
             )),
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 1, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
+                CHANNELS, ONES,
             )),
             (_load, (tensors, buffers, load_bars, place, num_blocks, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2, ONES)),
             (_add_ones, (v_s, v_here, v_full, num_blocks if ONES else 0, KEYS, STAGES, V_1, V_2, CHANNELS)),
         ], [4, 1, 1], [W, 24, 24])  # fmt: skip
-    elif GROUPS == 3:
+    else:
         gl.warp_specialize([
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 0, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
+                CHANNELS, ONES,
             )),
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 1, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
+                CHANNELS, ONES,
             )),
             (_compute, (
                 out, buffers, bars, place, sizes, num_blocks, factor, 2, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
+                CHANNELS, ONES,
             )),
             (_load, (tensors, buffers, load_bars, place, num_blocks, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2, ONES)),
             (_add_ones, (v_s, v_here, v_full, num_blocks if ONES else 0, KEYS, STAGES, V_1, V_2, CHANNELS)),
         ], [4, 4, 1, 1], [W, W, 24, 24])  # fmt: skip
-    elif GROUPS == 4:
-        gl.warp_specialize([
-            (_compute, (
-                out, buffers, bars, place, sizes, num_blocks, factor, 0, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
-            )),
-            (_compute, (
-                out, buffers, bars, place, sizes, num_blocks, factor, 1, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
-            )),
-            (_compute, (
-                out, buffers, bars, place, sizes, num_blocks, factor, 2, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
-            )),
-            (_compute, (
-                out, buffers, bars, place, sizes, num_blocks, factor, 3, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2,
-                CHANNELS, ONES, LAZY, TURNS, AHEAD, POLY,
-            )),
-            (_load, (tensors, buffers, load_bars, place, num_blocks, KEYS, STAGES, GROUPS, K_1, K_2, V_1, V_2, ONES)),
-            (_add_ones, (v_s, v_here, v_full, num_blocks if ONES else 0, KEYS, STAGES, V_1, V_2, CHANNELS)),
-        ], [4, 4, 4, 1, 1], [W, W, W, 24, 24])  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- launch parameters
@@ -464,8 +369,7 @@ class Blocks:
     """One program makes 64·`groups` rows of one head, `keys` keys at a time.
 
     split_v    p·v in two products of widths that are powers of two, else one, padded
-    ones, lazy, turns, ahead, poly   see `flash` and `_compute`
-    resident   programs that share a multiprocessor: 1, or 2 of 2 groups
+    ones       see `flash`
     """
 
     groups: int
@@ -473,11 +377,6 @@ class Blocks:
     num_stages: int
     split_v: bool = True
     ones: bool = False
-    lazy: bool = True
-    turns: bool = False
-    ahead: bool = True
-    poly: int = 0
-    resident: int = 1
 
     @property
     def rows(self) -> int:
@@ -486,7 +385,7 @@ class Blocks:
     @property
     def registers(self) -> int:
         """Of a thread that computes: what 24 for each thread of the loading warps leave of the 65,536."""
-        return 104 if self.resident > 1 else {2: 232, 3: 160, 4: 112}[self.groups]
+        return {2: 232, 3: 160}[self.groups]
 
     def widths(self, channels: int) -> tuple[int, int, int, int]:
         """K_1, K_2, V_1, V_2."""
@@ -525,10 +424,9 @@ def form_of(dtype: torch.dtype, channels: int, blocks: Blocks) -> Form:
     constants = dict(
         CHANNELS=channels, KEYS=blocks.keys, STAGES=blocks.num_stages, GROUPS=blocks.groups,
         K_1=k1, K_2=k2, V_1=v1, V_2=v2,
-        ONES=blocks.ones, LAZY=blocks.lazy, TURNS=blocks.turns, AHEAD=blocks.ahead,
-        POLY=blocks.poly, REGISTERS=blocks.registers,
+        ONES=blocks.ones, REGISTERS=blocks.registers,
     )  # fmt: skip
-    return Form(flash, (*tiles, dtype, 1, 1, 1, 1.0), constants, registers=80 if blocks.resident > 1 else None)
+    return Form(flash, (*tiles, dtype, 1, 1, 1, 1.0), constants)
 
 
 def variants(dtype: torch.dtype) -> Iterator[Form]:
