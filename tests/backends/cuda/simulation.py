@@ -85,3 +85,24 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"allaprima.{module}.stays_in_place", lambda device: True)
     monkeypatch.setattr(executable, "ready", lambda *given: True)
     monkeypatch.setattr(plan, "choose", lambda *call: None)
+
+
+AS_IF_ON_HOPPER = """
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+
+class NoGpu:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+driver.set_active(NoGpu())
+"""
+"""The beginning of a script in which kernels are compiled as a launch on an H100 would compile them."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from allaprima.backends.cuda import launchers
+from tests.backends.cuda.simulation import AS_IF_ON_HOPPER
 
 
 def test_what_cannot_be_built_is_left_to_the_first_launch() -> None:
@@ -80,28 +81,15 @@ assert len(list(Path(knobs.cache.dir).glob("*/__triton_launcher*.so"))) == 1
 
 _AS_LAUNCHED = (
     _FORM
+    + AS_IF_ON_HOPPER
     + """
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
-from triton.runtime import driver
-
-
-class NoGpu:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def refuse(name, *rest):
     raise AssertionError(f"{name} is built at the first launch")
 
 
-driver.set_active(NoGpu())
 knobs.build.impl = refuse
 kernel = form.warm_up()
 CudaUtils()

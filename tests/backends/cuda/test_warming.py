@@ -16,6 +16,7 @@ from allaprima.backends.cuda import warming
 from allaprima.backends.cuda.compile import every_variant, one_of_each
 from allaprima.backends.cuda.device import KNOWN
 from allaprima.backends.cuda.kernels.variant import Variant
+from tests.backends.cuda.simulation import AS_IF_ON_HOPPER
 
 H100 = next(d for d in KNOWN if d.name == "H100")
 
@@ -132,26 +133,13 @@ def _environment(cache: Path) -> dict[str, str]:
     return {**plain, "TRITON_CACHE_DIR": str(cache)}
 
 
-_AS_LAUNCHED = """
+_AS_LAUNCHED = (
+    AS_IF_ON_HOPPER
+    + """
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-
-class NoGpu:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
-driver.set_active(NoGpu())
 from allaprima.backends.cuda.compile import every_variant, modules_of, one_of_each
 
 for variant in one_of_each(every_variant([torch.float16], modules_of(90))):
     variant.warm_up()
 """
+)

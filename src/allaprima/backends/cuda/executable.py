@@ -62,7 +62,8 @@ class CudaExecutable:
         self._number = next(_numbers)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._unrecorded: str | None = None
-        self._begun = False
+        self._at_once: bool | None = None
+        """Whether a new size is recorded while it is planned; None before the first of all."""
         self._needed_bytes = 0
         self._ready = False
         self._instead: AtenExecutable | None = None
@@ -150,10 +151,9 @@ class CudaExecutable:
                 self._plans[key], results = lower(self.graph, given, self._device, calls)
             return results
 
-        results = self._recorded_first(key, first, inputs) if self._begun else None
+        results = self._recorded_first(key, first, inputs)
         if results is None:
             results = self._pool.run(lambda: first(inputs))
-        self._begun = True
         while len(self._plans) > self.config.max_plans:
             self._plans.popitem(last=False)
         return results
@@ -171,8 +171,10 @@ class CudaExecutable:
     def _recorded_first(
         self, key: Any, first: Callable[[Sequence[Any]], list[Any]], inputs: Sequence[torch.Tensor | int]
     ) -> list[Any] | None:
-        """The results of a graph that was recorded while the plan was made; None where there is none."""
-        if not self._can_record:
+        """The results of a graph that was recorded while the plan was made; None where there is none, as at the first
+        size of all."""
+        if not (self._at_once and self._can_record):
+            self._at_once = self._at_once is None
             return None
         own = self._own(inputs)
         try:
@@ -180,7 +182,14 @@ class CudaExecutable:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            return None  # something had to be loaded first; at the second use all is there
+            # Something had to begin first; at the second use all is there.  A failure takes all graphs with it.
+            self._at_once = False
+            warnings.warn(
+                f"new sizes are recorded at their second use, because at the first: {str(error).strip()[:200]}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return None
         self.records += 1
         return self._pool.replay((self._number, key), inputs)
 

@@ -120,10 +120,10 @@ class GraphPool:
 
         foreseen_bytes   what other plans are expected to need, so that it need not grow again for them
         """
-        self.needed_bytes = max(self.needed_bytes, nbytes)
-        nbytes = max(nbytes, foreseen_bytes)
-        nbytes += nbytes // 32  # small workspaces of kernels
         with self.lock:
+            self.needed_bytes = max(self.needed_bytes, nbytes)
+            nbytes = max(nbytes, foreseen_bytes)
+            nbytes += nbytes // 32  # small workspaces of kernels
             if nbytes > self.block_bytes:
                 self._empty_cache()
                 self._renew(-(-nbytes // BLOCK_GRAIN) * BLOCK_GRAIN)

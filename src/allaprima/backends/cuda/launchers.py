@@ -6,7 +6,6 @@ kernels are compiled.  All that this project knows of that part of Triton is in 
 
 from __future__ import annotations
 
-import subprocess
 from contextlib import suppress
 from typing import Any
 
@@ -14,11 +13,10 @@ from typing import Any
 def build(kernel: Any) -> None:
     """Build the launcher of a CompiledKernel into Triton's cache.
 
-    Where that cannot be done (no C compiler, no driver, another Triton) it is left to the first launch.
+    Without the driver's library, or with another Triton, it is left to the first launch.
+    raises   RuntimeError, CalledProcessError where there is no C compiler that works: nothing could be launched then
     """
-    with suppress(
-        ImportError, AttributeError, TypeError, AssertionError, RuntimeError, OSError, subprocess.SubprocessError
-    ):
+    with suppress(ImportError, AttributeError, TypeError, AssertionError, OSError):
         from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
         CudaUtils()  # one for all kernels
