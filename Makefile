@@ -2,12 +2,14 @@
 #
 #   PYTHON       the interpreter that makes .venv                           make demo PYTHON=python3.12
 #   TORCH        another torch requirement                                  make demo TORCH='torch==2.12.*'
+#   TESTERS      processes that `make test` spreads the test files over     make test TESTERS=8
 #   TORCH_INDEX  the package index to take torch from.  PyPI's torch for Linux brings 3 GB of CUDA libraries;
 #                a machine without a GPU can save them:
 #                    make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+TESTERS ?= 2
 
 ifeq ($(shell nvidia-smi -L >/dev/null 2>&1 && echo yes),yes)
 TORCH ?= torch==2.11.*
@@ -37,7 +39,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m allaprima.demo
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile
 
 # Every number of the README comes from a file that one of these commands wrote under benchmarks/.
 PROOFS := tests captures verify-float32 verify-bfloat16 verify-zh verify-zh-3d \

@@ -157,9 +157,9 @@ def test_a_decoder_needs_a_quarter_less(device: torch.device) -> None:
     _, staged = decoder_program(device)
     (graph,) = (s.graph for s in staged.stages.values() if s.graph.count(ops.upsample_conv_folded))
     values = arguments_of(graph, Weights(graph), [torch.empty(1, 4, 64, 64, device="meta")])
-    start = time.perf_counter()
+    start = time.process_time()
     calls, needed = in_order(graph, values)
-    assert time.perf_counter() - start < 0.3
+    assert time.process_time() - start < 0.3
     assert_legal(calls, graph)
     assert calls != graph.calls()
     assert needed <= 0.81 * as_traced(graph, values)
