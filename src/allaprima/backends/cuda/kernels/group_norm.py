@@ -87,6 +87,16 @@ def _divided(x, by):
 
 
 @triton.jit
+def _merged(mean, squares, count, other_mean, other_squares, other_count):
+    """Statistics of two sets of numbers as those of both; the mean moves by a part of the gap, which rounds it less
+    than adding means of full size does."""
+    total = count + other_count
+    share = other_count / tl.maximum(total, 1.0)
+    gap = other_mean - mean
+    return mean + gap * share, squares + other_squares + gap * gap * (count * share), total
+
+
+@triton.jit
 def _moments(
     first, second, boundary, step_1, step_2, begin, end, channels, live,
     COLS: tl.constexpr, SLOTS: tl.constexpr, UNROLL: tl.constexpr, TWO: tl.constexpr,
@@ -116,9 +126,8 @@ def _moments(
         squares += tl.sum(away * away, 1) + gap * gap * (count * share)
         mean += gap * share
     counts = tl.maximum((end - begin - slot + SLOTS - 1) // SLOTS, 0).to(tl.float32)[:, None]
-    total = _divided(tl.sum(mean * counts, 0), (end - begin).to(tl.float32))
-    apart = mean - total[None, :]
-    return total, tl.sum(squares + apart * apart * counts, 0)
+    mean, squares, _ = tl.reduce((mean, squares, tl.broadcast_to(counts, [SLOTS, COLS])), 0, _merged)
+    return mean, squares
 
 
 @triton.jit
@@ -138,8 +147,11 @@ def _groups(mean, squares, pixels, local, width, COLS: tl.constexpr):
     """Statistics of channels -> of the groups that they form, at every channel [COLS]."""
     group = local // width
     last = tl.minimum((group + 1) * width, COLS) - 1
-    center = _divided(_over_groups(mean, group, last), width.to(tl.float32))
-    apart = mean - center
+    # Relative to the first channel's mean the sum is small, and so is what rounding takes from it.
+    pivot = tl.gather(mean, group * width, 0)
+    shift = _divided(_over_groups(mean - pivot, group, last), width.to(tl.float32))
+    center = pivot + shift
+    apart = mean - pivot - shift
     return center, _over_groups(squares + apart * apart * pixels, group, last)
 
 
