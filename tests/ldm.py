@@ -14,31 +14,75 @@ RESNET = {
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 ENDS = {
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
 }  # fmt: skip
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def save_ldm(pipe: Any, path: Path) -> None:
-    """Write UNet, VAE and CLIP of a pipeline, and two of the tensors that original files hold beside the weights."""
-    parts = {
-        "model.diffusion_model.": (pipe.unet, unet_name),
-        "first_stage_model.": (pipe.vae, vae_name),
-        "cond_stage_model.transformer.text_model.": (pipe.text_encoder, lambda name, config: name),
-    }
-    tensors = {
-        prefix + rename(name, module.config): tensor.detach()
-        for prefix, (module, rename) in parts.items()
-        for name, tensor in module.state_dict().items()
-    }
-    for name, tensor in tensors.items():
-        if re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name):
-            tensors[name] = tensor[..., None, None]  # a convolution of 1×1 there, a linear layer here
+OPEN_CLIP = {
+    "embeddings.token_embedding": "token_embedding", "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final", "encoder.layers": "transformer.resblocks", "layer_norm": "ln_", "fc1": "c_fc",
+    "fc2": "c_proj", "self_attn": "attn",
+}  # fmt: skip
+
+
+def save_ldm(pipe: Any, path: Path, **changes: Any) -> None:
+    """Write UNet, VAE and CLIP of a pipeline, and two of the tensors that original files hold beside the weights.
+
+    changes  tensors to add, or None for one to leave out; with dots in their names as "__"
+    """
+    tensors = ldm_tensors(pipe.unet, pipe.vae, pipe.text_encoder)
     length = pipe.text_encoder.config.max_position_embeddings
     tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(length)[None]
     tensors["alphas_cumprod"] = pipe.scheduler.alphas_cumprod
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def ldm_tensors(
+    unet: Any, vae: Any, text_encoder: Any = None, *, open_clip: str = "", text_encoder_2: Any = None
+) -> dict[str, Any]:
+    """The tensors of modules under their original names.
+
+    open_clip  the prefix of an encoder that is in OpenCLIP's layout: SD 2's first, SDXL's second
+    """
+    sdxl = text_encoder_2 is not None
+    tensors = {f"model.diffusion_model.{unet_name(n, unet.config)}": t.detach() for n, t in unet.state_dict().items()}
+    for name, tensor in vae.state_dict().items():
+        found = f"first_stage_model.{vae_name(name, vae.config)}"
+        # a convolution of 1×1 there, a linear layer here
+        square = re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", found)
+        tensors[found] = tensor.detach()[..., None, None] if square else tensor.detach()
+    if text_encoder is not None and (sdxl or not open_clip):
+        prefix = "conditioner.embedders.0.transformer." if sdxl else "cond_stage_model.transformer."
+        for name, tensor in text_encoder.state_dict().items():
+            tensors[f"{prefix}text_model.{name.removeprefix('text_model.')}"] = tensor.detach()
+    if open_clip:
+        tensors |= open_clip_tensors(text_encoder_2 if sdxl else text_encoder, open_clip)
+    return tensors
+
+
+def open_clip_tensors(encoder: Any, prefix: str) -> dict[str, Any]:
+    """A CLIP text encoder in OpenCLIP's names: joint matrices for q, k and v, the projection transposed."""
+    joint: dict[str, list[Any]] = {}
+    found = {}
+    for name, tensor in encoder.state_dict().items():
+        tensor, name = tensor.detach(), name.removeprefix("text_model.")
+        if name == "text_projection.weight":
+            found["text_projection"] = tensor.T
+            continue
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        if match := re.fullmatch(r"(.+\.attn)\.[qkv]_proj\.(weight|bias)", name):
+            joint.setdefault(f"{match[1]}.in_proj_{match[2]}", []).append((name, tensor))
+        else:
+            found[name] = tensor
+    order = ("q_proj", "k_proj", "v_proj")
+    for name, parts in joint.items():
+        found[name] = torch.cat([t for p in order for n, t in parts if p in n])
+    return {prefix + name: tensor for name, tensor in found.items()}
 
 
 def unet_name(name: str, config: Any) -> str:

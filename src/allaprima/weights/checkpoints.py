@@ -5,21 +5,25 @@ Only safetensors are read, never pickles, and each file is checked before diffus
 
 from __future__ import annotations
 
-import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, ConfigError, UnknownModelError
 from ..models import EMBEDDED, load_embedded
 from ..notices import quiet_import
+from .contents import Checkpoint, Component, build, model_index, module_folder, of_embedded, of_folder
+from .hub import is_hub_id, snapshot
+from .single_file import of_part, of_single_file
+from .soundness import HOW_TO_CONVERT, check_safetensors, refuse_pickle
 
 with quiet_import():
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+__all__ = ["check_safetensors", "choose_device", "choose_dtype", "load", "open_checkpoint"]
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32,
@@ -29,21 +33,103 @@ DTYPES = {
 
 
 def load(
-    source: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "auto", config: str | Path | None = None
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    config: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    ema: bool = False,
 ) -> StableDiffusionPipeline:
-    """Load a pipeline, ready to draw.
+    """Load a pipeline, ready to draw.  Nothing is downloaded but for a hub id that is not there yet.
 
-    source  name of an embedded model | diffusers folder | .safetensors file | hub id "owner/name"
-    dtype   "auto": float16 on CUDA, bfloat16 on processors that compute in it, else float32
-    device  "auto": CUDA where there is one, else the CPU
-    config  for a .safetensors file without network: a diffusers folder of the same architecture
-    raises  UnknownModelError, CheckpointError, ConfigError
+    source        name of an embedded model | diffusers folder | .safetensors file | hub id "owner/name"
+    dtype         "auto": float16 on CUDA, bfloat16 on processors that compute in it, else float32
+    device        "auto": CUDA where there is one, else the CPU
+    config        for a .safetensors file of an unknown architecture: a diffusers folder of the same one
+    vae           takes the place of the checkpoint's, or of one that it lacks: embedded name | folder of a pipeline or
+                  of the part alone | .safetensors file
+    text_encoder  likewise
+    ema           the UNet's moving average, where a single file holds it beside the weights last trained
+    raises        UnknownModelError, CheckpointError, ConfigError
     """
     place = choose_device(device)
     number = choose_dtype(dtype, place)
-    pipe = _open(str(source), number, config)
+    swaps = {name: part for name, part in (("vae", vae), ("text_encoder", text_encoder)) if part is not None}
+    path = Path(source).expanduser()
+    if str(source) not in EMBEDDED and path.suffix == ".safetensors":
+        folder = Path(config).expanduser() if config is not None else None
+        return assemble(with_parts(of_single_file(path, ema=ema, config=folder), swaps), number, place)
+    pipe = _open(str(source), number)
+    if swaps:
+        checkpoint = with_parts(open_checkpoint(source), swaps)
+        pipe.register_modules(**{name: build(checkpoint.modules[name], number, place) for name in swaps})
     pipe.to(place)
     return pipe
+
+
+def open_checkpoint(source: str | Path, *, ema: bool = False) -> Checkpoint:
+    """What a checkpoint consists of; no tensor is read yet.
+
+    source  as `load` takes it
+    raises  UnknownModelError, CheckpointError
+    """
+    if str(source) in EMBEDDED:
+        return of_embedded(str(source))
+    path = Path(source).expanduser()
+    refuse_pickle(path)
+    if path.suffix == ".safetensors":
+        return of_single_file(path, ema=ema)
+    if path.is_dir():
+        return of_folder(path)
+    if is_hub_id(str(source)):
+        return of_folder(snapshot(str(source)))
+    raise UnknownModelError(str(source), EMBEDDED)
+
+
+def assemble(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """A pipeline of a checkpoint's parts.  raises CheckpointError"""
+    parts = {name: build(component, dtype, device) for name, component in checkpoint.modules.items()}
+    parts |= {name: build_other() for name, (_, build_other) in checkpoint.others.items()}
+    return new_pipeline(checkpoint.pipeline, parts, checkpoint.options)
+
+
+def new_pipeline(kind: type[Any], parts: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """A pipeline of this class, without a safety checker."""
+    expected, optional = kind._get_signature_keys(kind)
+    settings = {name: value for name, value in options.items() if name in optional}
+    if "requires_safety_checker" in optional:
+        settings["requires_safety_checker"] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kind(**{name: parts.get(name) for name in expected}, **settings)
+
+
+def with_parts(checkpoint: Checkpoint, swaps: Mapping[str, str | Path]) -> Checkpoint:
+    """The checkpoint with other parts in the place of its own.  raises CheckpointError, UnknownModelError"""
+    parts = {name: _part(name, Path(source).expanduser(), checkpoint) for name, source in swaps.items()}
+    return Checkpoint(
+        checkpoint.source,
+        checkpoint.pipeline,
+        {**checkpoint.modules, **parts},
+        checkpoint.others,
+        checkpoint.options,
+    )
+
+
+def _part(name: str, source: Path, checkpoint: Checkpoint) -> Component:
+    if str(source) in EMBEDDED:
+        return of_embedded(str(source)).modules[name]
+    refuse_pickle(source)
+    own = checkpoint.modules.get(name)
+    if own is None:
+        raise CheckpointError(f"{checkpoint.source} has no {name} that {source} could stand for.")
+    if not source.is_dir():
+        return of_part(source, name, own.kind, own.config)
+    if (source / "model_index.json").is_file():
+        return of_folder(source).modules[name]
+    return module_folder(name, own.kind, source)
 
 
 def choose_device(device: str) -> torch.device:
@@ -73,94 +159,35 @@ def native_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _open(source: str, dtype: torch.dtype, config: str | Path | None) -> StableDiffusionPipeline:
+def _open(source: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     if source in EMBEDDED:
         return load_embedded(source, dtype)
     path = Path(source).expanduser()
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise CheckpointError(
-            f"{source} is a pickle, which can run any code when it is read. Convert it to .safetensors first."
-        )
-    if path.suffix == ".safetensors":
-        return _single_file(path, dtype, config)
+    refuse_pickle(path)
     if path.is_dir():
         return _folder(path, dtype)
-    if "/" in source and not path.exists() and source.count("/") == 1 and not source.startswith((".", "~", "/")):
-        return _hub(source, dtype)
+    if is_hub_id(source):
+        return _folder(snapshot(source), dtype)
     raise UnknownModelError(source, EMBEDDED)
 
 
-def check_safetensors(path: Path) -> None:
-    """Read the header and every tensor's bounds.  raises CheckpointError for a missing, truncated or hostile file."""
-    if not path.is_file():
-        raise CheckpointError(f"no file {path}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            if not list(file.keys()):
-                raise CheckpointError(f"{path} holds no tensors.")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no sound safetensors file ({error}). Download it again.") from error
-
-
 def _folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{path} is no diffusers folder: it has no model_index.json.")
-    try:
-        json.loads(index.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{index} is not JSON: {error}.") from error
+    model_index(path)
     files = sorted(path.glob("*/*.safetensors"))
     if not files:
-        raise CheckpointError(f"{path} holds no .safetensors weights; pickled weights are not read.")
+        raise CheckpointError(
+            f"{path} holds no .safetensors weights; pickled weights are not read. {HOW_TO_CONVERT.format(path)}."
+        )
     for file in files:
         check_safetensors(file)
-    return _pretrained(str(path), dtype)
-
-
-def _hub(source: str, dtype: torch.dtype) -> StableDiffusionPipeline:
-    return _pretrained(source, dtype)
-
-
-def _pretrained(source: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "safety_checker": None}
+    if all(".fp16." in file.name for file in files):
+        options["variant"] = "fp16"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipe = DiffusionPipeline.from_pretrained(source, requires_safety_checker=False, **options)
+            return DiffusionPipeline.from_pretrained(
+                str(path), requires_safety_checker=False, local_files_only=True, **options
+            )
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"{source} cannot be loaded: {str(error)[:500]}") from error
-    return pipe
-
-
-def _single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> StableDiffusionPipeline:
-    check_safetensors(path)
-    options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None}
-    if config is not None:
-        options |= {"config": str(config), "local_files_only": True}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pipe = StableDiffusionPipeline.from_single_file(str(path), **options)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SingleFileComponentError) as error:
-        # diffusers says no more of weights that are not there than that their tensors are empty
-        what = "it lacks weights of this architecture" if "meta tensor" in str(error) else str(error)[:400]
-        raise CheckpointError(
-            f"{path} cannot be loaded as a Stable Diffusion checkpoint: {what}. Without network, give the "
-            "architecture's diffusers folder: load(file, config=folder)."
-        ) from error
-    _check_complete(path, pipe)
-    return pipe
-
-
-def _check_complete(path: Path, pipe: StableDiffusionPipeline) -> None:
-    """diffusers leaves weights of the text encoder that are not in the file without memory, and says nothing."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    missing = [
-        f"{name}.{key}"
-        for name, part in parts.items()
-        for key, tensor in part.state_dict().items()
-        if tensor.device.type == "meta"
-    ]
-    if missing:
-        raise CheckpointError(f"{path} lacks {len(missing)} weights, among them {', '.join(missing[:3])}.")
+        raise CheckpointError(f"{path} cannot be loaded: {str(error)[:500]}") from error
