@@ -20,8 +20,10 @@ ORDER = (
     ("demo",),
     ("bench", "doctor"),
     ("verification",),
-    ("generation",),
+    ("generation", "hires"),
     ("explanation",),
+    ("switching",),
+    ("merging",),
     ("pipelines",),
     ("profiles",),
     ("prompts",),
@@ -35,7 +37,7 @@ ORDER = (
     ("record",),
     ("graph",),
     ("ops",),
-    ("environment", "fingerprint", "infotext", "models", "notices", "config", "numerics", "schedulers"),
+    ("alt_diffusion", "environment", "fingerprint", "infotext", "models", "notices", "config", "numerics", "schedulers"),
     ("errors",),
 )
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names}

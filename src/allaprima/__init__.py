@@ -13,7 +13,9 @@ from .errors import AllaprimaError
 
 if TYPE_CHECKING:
     from .explanation import explain
+    from .merging import loras
     from .pipelines import load, optimize, rebind, restore
+    from .switching import switch
     from .verification import verify
 
 __version__ = "0.1.0"
@@ -21,13 +23,15 @@ __version__ = "0.1.0"
 _LAZY = {
     "explain": "explanation",
     "load": "pipelines",
+    "loras": "merging",
     "optimize": "pipelines",
     "rebind": "pipelines",
     "restore": "pipelines",
+    "switch": "switching",
     "verify": "verification",
 }
 
-__all__ = ["AllaprimaError", "Config", "explain", "load", "optimize", "rebind", "restore", "verify"]
+__all__ = ["AllaprimaError", "Config", "explain", "load", "loras", "optimize", "rebind", "restore", "switch", "verify"]
 
 
 def __getattr__(name: str) -> Any:
