@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .contents import Checkpoint, Component, build, model_index, module_folder, 
 from .hub import is_hub_id, snapshot
 from .single_file import of_part, of_single_file
 from .soundness import HOW_TO_CONVERT, check_safetensors, refuse_pickle
+from .writing import remember, remember_other
 
 with quiet_import():
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -66,6 +68,8 @@ def load(
         checkpoint = with_parts(open_checkpoint(source), swaps)
         pipe.register_modules(**{name: build(checkpoint.modules[name], number, place) for name in swaps})
     pipe.to(place)
+    with suppress(CheckpointError):  # classes that are not known by name have no origin, and are written anew
+        _remember(pipe, checkpoint if swaps else open_checkpoint(source))
     return pipe
 
 
@@ -92,7 +96,17 @@ def assemble(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
     """A pipeline of a checkpoint's parts.  raises CheckpointError"""
     parts = {name: build(component, dtype, device) for name, component in checkpoint.modules.items()}
     parts |= {name: build_other() for name, (_, build_other) in checkpoint.others.items()}
-    return new_pipeline(checkpoint.pipeline, parts, checkpoint.options)
+    pipe = new_pipeline(checkpoint.pipeline, parts, checkpoint.options)
+    _remember(pipe, checkpoint)
+    return pipe
+
+
+def _remember(pipe: Any, checkpoint: Checkpoint) -> None:
+    for name, component in checkpoint.modules.items():
+        remember(pipe.components[name], component.identity)
+    for name, (identity, _) in checkpoint.others.items():
+        if name.startswith("tokenizer"):
+            remember_other(pipe.components[name], identity)
 
 
 def new_pipeline(kind: type[Any], parts: Mapping[str, Any], options: Mapping[str, Any]) -> Any:

@@ -1,0 +1,102 @@
+"""Recent checkpoints in host memory, so that switching to one reads no disk."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from .checkpoints import open_checkpoint
+from .contents import Checkpoint, Component, Identity, Tensors
+
+
+class Pool:
+    """Checkpoints in host memory, the least recently used leave first.  Parts that several share are held once.
+
+    max_bytes  of all tensors together; a part that does not fit is read from its file instead
+    pinned     page-locked, which a GPU reads fastest (default: where there is one)
+    raises     ConfigError
+    """
+
+    def __init__(self, max_bytes: int, *, pinned: bool | None = None) -> None:
+        if max_bytes < 0:
+            raise ConfigError(f"max_bytes {max_bytes}; allowed: 0 or more.")
+        self.max_bytes = max_bytes
+        self._pinned = torch.cuda.is_available() if pinned is None else pinned
+        self._held: OrderedDict[Identity, Tensors] = OrderedDict()
+        self._lock = threading.Lock()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what is held now."""
+        with self._lock:
+            return self._bytes()
+
+    def prefetch(self, source: str | Path, **options: Any) -> Future[None]:
+        """Read a checkpoint in the background.
+
+        options  as `open_checkpoint` takes them
+        returns  a future that is done when the checkpoint is in memory, or raises what reading it raised
+        """
+        return self._worker.submit(self._fetch, source, options)
+
+    def checkpoint(self, source: str | Path, **options: Any) -> Checkpoint:
+        """A checkpoint, those of its parts that are held from memory.  raises what `open_checkpoint` raises"""
+        found = open_checkpoint(source, **options)
+        return replace(found, modules={name: self._from_memory(part) for name, part in found.modules.items()})
+
+    def close(self) -> None:
+        self._worker.shutdown(cancel_futures=True)
+        with self._lock:
+            self._held.clear()
+
+    def _fetch(self, source: str | Path, options: dict[str, Any]) -> None:
+        for part in open_checkpoint(source, **options).modules.values():
+            with self._lock:
+                known = part.identity in self._held
+                if known:
+                    self._held.move_to_end(part.identity)
+            if not known:
+                self._keep(part)
+
+    def _keep(self, part: Component) -> None:
+        mapped = part.read()
+        size = sum(tensor.nbytes for tensor in mapped.values())
+        if size > self.max_bytes:
+            return
+        self._make_room(size)
+        tensors = {name: self._copy(tensor) for name, tensor in mapped.items()}
+        with self._lock:
+            self._held[part.identity] = tensors
+
+    def _make_room(self, size: int) -> None:
+        with self._lock:
+            while self._held and self._bytes() + size > self.max_bytes:
+                self._held.popitem(last=False)
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+        return place.copy_(tensor)
+
+    def _from_memory(self, part: Component) -> Component:
+        with self._lock:
+            tensors = self._held.get(part.identity)
+            if tensors is None:
+                return part
+            self._held.move_to_end(part.identity)
+        return replace(part, read=_giver(tensors))
+
+    def _bytes(self) -> int:
+        return sum(tensor.nbytes for tensors in self._held.values() for tensor in tensors.values())
+
+
+def _giver(tensors: Tensors) -> Callable[[], Tensors]:
+    return lambda: tensors
