@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 import allaprima as ap
+from allaprima.config import Config
+from allaprima.errors import AdapterError, CheckpointError
+from allaprima.merging import reapply
+from allaprima.models import LORAS
+from allaprima.pipelines import as_task
 from allaprima.verification.metrics import psnr
-from tests.lora_files import lycoris_file, peft_file, set_multiplier
-from tests.test_pipelines import draw
+from allaprima.weights import lora_files
+from allaprima.weights.deltas import LowRank
+from allaprima.weights.loras import merged
+from tests.lora_files import BLOCK, flat, lycoris_file, peft_file, set_multiplier
+from tests.test_pipelines import difference, draw
 from tests.tiny import tiny_bert_pipeline, tiny_pipeline
 
 SAME_DB = 60.0
@@ -135,3 +146,367 @@ def test_files_of_diffusers_and_peft(form: str, untouched: dict[str, Any], tmp_p
     assert_same(quick(pipe), wanted, without=untouched["clip"])
     assert found.path == path
     assert not found.unused
+
+
+def test_factors_of_several_dtypes_in_one_file(two: tuple[Path, Path], tmp_path: Path) -> None:
+    tensors, kinds = load_file(two[0]), (torch.float16, torch.bfloat16, torch.float32)
+    mixed = {key: value.to(kinds[i % 3]) for i, (key, value) in enumerate(tensors.items())}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    save_file({key: value.float() for key, value in mixed.items()}, tmp_path / "float.safetensors")
+    digests = []
+    for name in ("mixed", "float"):
+        pipe = tiny_pipeline()
+        ap.loras(pipe, {name: 0.5}, lora_dir=tmp_path)
+        digests.append(digest(pipe))
+    assert digests[0] == digests[1]
+
+
+def test_half_precision_is_rounded_once(two: tuple[Path, Path]) -> None:
+    pipe = tiny_pipeline(dtype=torch.bfloat16)
+    layer = pipe.unet.get_submodule(f"{BLOCK}.attn1.to_q")
+    base = layer.weight.detach().clone()
+    ap.loras(pipe, {str(two[0]): -0.3})
+    tensors, name = load_file(two[0]), f"lora_unet_{flat(BLOCK)}_attn1_to_q"
+    up, down = tensors[f"{name}.lora_up.weight"].double(), tensors[f"{name}.lora_down.weight"].double()
+    exact = base.double() - 0.3 * float(tensors[f"{name}.alpha"]) / down.shape[0] * up @ down
+    step = torch.finfo(torch.bfloat16).eps * exact.abs()
+    error = (layer.weight.double() - exact).abs()
+    assert (error <= step * (0.5 + 2**-10)).all(), "half a step of bfloat16, and what float32 rounds"
+
+
+def test_embedded_loras_draw_what_diffusers_draws() -> None:
+    pipe, name = ap.load("emoji", dtype="float32"), "sketch"
+    pipe.set_progress_bar_config(disable=True)
+    before = quick(pipe)
+    pipe.load_lora_weights(str(LORAS[name].path), adapter_name="reference")
+    pipe.set_adapters(["reference"], [0.8])
+    wanted = quick(pipe)
+    pipe.unload_lora_weights()
+    for asked in (name, str(LORAS[name].kohya_path)):
+        ap.loras(pipe, {asked: 0.8})
+        assert_same(quick(pipe), wanted, without=before)
+    ap.loras(pipe, {})
+    assert np.array_equal(quick(pipe), before)
+
+
+# ---- bits
+
+
+def test_after_a_hundred_changes_the_bits_are_the_first_ones(two: tuple[Path, Path]) -> None:
+    pipe, numbers = tiny_pipeline(), random.Random(0)
+    names = [str(path) for path in two]
+    before, places = digest(pipe), [parameter.data_ptr() for parameter in pipe.unet.parameters()]
+    for _ in range(100):
+        chosen = numbers.sample(names, numbers.randrange(3))
+        ap.loras(pipe, {name: numbers.uniform(-2, 2) for name in chosen})
+    ap.loras(pipe, {names[0]: 0.5, names[1]: -0.2})
+    merged_digest = digest(pipe)
+    assert digest(pipe) != before
+    assert not ap.loras(pipe, {})
+    assert digest(pipe) == before
+    assert [parameter.data_ptr() for parameter in pipe.unet.parameters()] == places
+    ap.loras(pipe, {names[0]: 0.5, names[1]: -0.2})
+    assert digest(pipe) == merged_digest, "the same LoRAs are the same bits, whatever was there before"
+
+
+def test_what_no_adapter_touches_any_more_is_forgotten(two: tuple[Path, Path]) -> None:
+    pipe = tiny_pipeline()
+    ap.loras(pipe, {str(two[0]): 1.0})
+    assert merged(pipe.unet).base_bytes > 0
+    ap.loras(pipe, {str(two[0]): {"unet": 0.0, "text_encoder": 1.0}})
+    assert merged(pipe.unet).base_bytes == 0
+    assert merged(pipe.text_encoder).base_bytes > 0
+
+
+def test_a_change_of_weight_reads_no_file(two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    ap.loras(pipe, {str(two[0]): 1.0})
+    monkeypatch.setattr(lora_files, "understand", lambda *_: pytest.fail("the file was read again"))
+    ap.loras(pipe, {str(two[0]): 0.5})
+
+
+def test_a_file_that_changed_is_read_again(two: tuple[Path, Path], tmp_path: Path) -> None:
+    pipe, path = tiny_pipeline(), tmp_path / "ink.safetensors"
+    save_file(load_file(two[0]), path)
+    ap.loras(pipe, {str(path): 1.0})
+    first = digest(pipe)
+    save_file({key: value * 2 for key, value in load_file(two[0]).items()}, path)
+    os.utime(path, ns=(1, 1))  # clocks may be coarse
+    ap.loras(pipe, {str(path): 1.0})
+    assert digest(pipe) != first
+
+
+def test_weights_written_by_others_are_the_new_base(two: tuple[Path, Path]) -> None:
+    pipe, other = tiny_pipeline(), tiny_pipeline(seed=1)
+    ap.loras(pipe, {str(two[0]): 1.0})
+    pipe.unet.load_state_dict(other.unet.state_dict())
+    lost = ap.loras(pipe).overwritten
+    assert f"unet.{BLOCK}.attn1.to_q.weight" in lost
+    assert not any(name.startswith("text_encoder") for name in lost)
+    reapply(pipe)
+    other.text_encoder.load_state_dict(tiny_pipeline().text_encoder.state_dict())
+    ap.loras(other, {str(two[0]): 1.0})
+    assert digest(pipe) == digest(other)
+    assert not ap.loras(pipe).overwritten
+    ap.loras(pipe, {})
+    ap.loras(other, {})
+    assert digest(pipe) == digest(other)
+
+
+def test_a_cast_after_merging_keeps_what_is_underneath(two: tuple[Path, Path]) -> None:
+    pipe, plain = tiny_pipeline(), tiny_pipeline()
+    ap.loras(pipe, {str(two[0]): 1.0})
+    pipe.unet.to(torch.float16)
+    plain.unet.to(torch.float16)
+    ap.loras(plain, {str(two[0]): 1.0})
+    ap.loras(pipe, {str(two[0]): 1.0})
+    assert digest(pipe) == digest(plain)
+    ap.loras(pipe, {})
+    ap.loras(plain, {})
+    assert digest(pipe) == digest(plain)
+
+
+def test_a_failure_on_the_way_is_taken_back(two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    ap.loras(pipe, {str(two[1]): 0.5})
+    before, calls = digest(pipe), iter(range(100))
+    original = LowRank.add_to
+
+    def failing(self: LowRank, *args: Any) -> None:
+        if next(calls) == 5:
+            raise MemoryError("no more")
+        original(self, *args)
+
+    monkeypatch.setattr(LowRank, "add_to", failing)
+    with pytest.raises(MemoryError):
+        ap.loras(pipe, {str(two[0]): 1.0})
+    assert digest(pipe) == before
+    assert list(ap.loras(pipe)) == [str(two[1])]
+    ap.loras(pipe, {})
+    assert digest(pipe) == digest(tiny_pipeline())
+
+
+def test_tensors_of_inference_mode(two: tuple[Path, Path]) -> None:
+    with torch.inference_mode():
+        pipe = tiny_pipeline()
+    before = digest(pipe)
+    ap.loras(pipe, {str(two[0]): 1.0})
+    ap.loras(pipe, {str(two[0]): -1.0})
+    assert digest(pipe) != before
+    ap.loras(pipe, {})
+    assert digest(pipe) == before
+
+
+# ---- engines
+
+
+@pytest.fixture
+def optimized() -> Any:
+    return ap.optimize(tiny_pipeline(), Config(backend="aten"))
+
+
+def test_an_optimized_pipeline_draws_with_them_and_captures_nothing(optimized: Any, two: tuple[Path, Path]) -> None:
+    names, plain = [str(path) for path in two], tiny_pipeline()
+    before = quick(optimized)
+    captures = ap.explain(optimized).captures
+    for i in range(20):
+        chosen = {names[i % 2]: i / 10 - 0.5} | ({names[0]: 0.4} if i % 3 == 0 else {})
+        ap.loras(optimized, chosen)
+        if i % 5 == 4:
+            ap.loras(plain, chosen)
+            assert difference(quick(optimized), quick(plain)) < 2e-4
+        else:
+            quick(optimized)
+    assert ap.explain(optimized).captures == captures
+    ap.loras(optimized, {})
+    assert np.array_equal(quick(optimized), before)
+
+
+def test_they_survive_optimize_and_restore(two: tuple[Path, Path]) -> None:
+    pipe, name = tiny_pipeline(), str(two[0])
+    before = digest(pipe)
+    ap.loras(pipe, {name: 0.7})
+    drawn = quick(pipe)
+    ap.optimize(pipe, Config(backend="aten"))
+    assert difference(quick(pipe), drawn) < 2e-4
+    assert ap.loras(pipe)[name].weights == {"text_encoder": 0.7, "unet": 0.7}
+    ap.restore(pipe)
+    assert np.array_equal(quick(pipe), drawn)
+    ap.loras(pipe, {})
+    assert digest(pipe) == before
+
+
+def test_pipelines_that_share_modules_share_loras(optimized: Any, two: tuple[Path, Path]) -> None:
+    twin = as_task(optimized, "img2img")
+    ap.loras(optimized, {str(two[0]): 0.7})
+    assert ap.loras(twin).keys() == {str(two[0])}
+    ap.loras(twin, {})
+    assert digest(optimized) == digest(tiny_pipeline())
+
+
+def test_openvino_builds_again_for_a_change_and_draws_the_same(two: tuple[Path, Path]) -> None:
+    pytest.importorskip("openvino")
+    pipe, plain, name = tiny_pipeline(), tiny_pipeline(), str(two[0])
+    ap.optimize(pipe, Config(backend="openvino"))
+    quick(pipe)
+    before = ap.explain(pipe)
+    for weight in (0.8, -0.4):
+        ap.loras(pipe, {name: weight})
+        ap.loras(plain, {name: weight})
+        assert difference(quick(pipe), quick(plain)) < 1e-3
+    after = ap.explain(pipe)
+    assert after.captures == before.captures
+
+
+# ---- what does not fit
+
+
+def kohya(shape: tuple[int, int] = (32, 32), rank: int = 2) -> dict[str, torch.Tensor]:
+    return {"lora_down.weight": torch.ones(rank, shape[1]), "lora_up.weight": torch.ones(shape[0], rank)}
+
+
+def test_ten_unknown_keys_are_named_and_the_rest_is_applied(two: tuple[Path, Path], tmp_path: Path) -> None:
+    tensors = load_file(two[0])
+    unknown = {
+        **{f"lora_unet_{flat(BLOCK)}_attn3_to_q.{key}": value for key, value in kohya().items()},
+        **{f"lora_unet_down_blocks_7_resnets_0_conv1.{key}": value for key, value in kohya().items()},
+        **{f"lora_te2_text_model_encoder_layers_0_mlp_fc1.{key}": value for key, value in kohya().items()},
+        f"lora_unet_{flat(BLOCK)}_attn1_to_q.lora_sideways.weight": torch.ones(2),
+        f"lora_unet_{flat(BLOCK)}_attn1_to_k.lora_up.weight": torch.ones(32, 2),
+        f"lora_unet_{flat(BLOCK)}_attn1_to_v.diff_b": torch.ones(32),
+        "bundle_emb.ink.string_to_param.*": torch.ones(1, 32),
+    }
+    assert len(unknown) == 10
+    save_file(tensors | unknown, tmp_path / "odd.safetensors")
+    pipe, plain = tiny_pipeline(), tiny_pipeline()
+    with pytest.warns(UserWarning, match="10 of") as told:
+        found = ap.loras(pipe, {"odd": 0.5}, lora_dir=tmp_path)["odd"]
+    assert found.unused.keys() == unknown.keys()
+    assert all(key in str(told[0].message) for key in unknown)
+    assert sorted(found.applied) == sorted(tensors)
+    assert found.unused[f"lora_unet_{flat(BLOCK)}_attn3_to_q.lora_up.weight"] == f"nearest is unet.{BLOCK}.attn2.to_q"
+    assert "text_encoder_2" in found.unused["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"]
+    assert found.unused[f"lora_unet_{flat(BLOCK)}_attn1_to_v.diff_b"] == f"unet.{BLOCK}.attn1.to_v has no bias"
+    ap.loras(plain, {str(two[0]): 0.5})
+    assert digest(pipe) == digest(plain)
+    ap.loras(pipe, {"odd": 0.6}, lora_dir=tmp_path)  # told once: another warning would be an error here
+
+
+def test_a_file_of_which_nothing_fits(tmp_path: Path) -> None:
+    save_file(
+        {f"lora_unet_nowhere_to_be_seen.{key}": value for key, value in kohya().items()}, tmp_path / "a.safetensors"
+    )
+    save_file({"single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 8)}, tmp_path / "b.safetensors")
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 8)}, tmp_path / "c.safetensors")
+    pipe = tiny_pipeline()
+    for name, said in (("a", "nowhere_to_be_seen"), ("b", "Flux"), ("c", "none of its 1 keys")):
+        with pytest.raises(AdapterError, match=said):
+            ap.loras(pipe, {name: 1.0}, lora_dir=tmp_path)
+
+
+def test_a_lora_of_another_architecture_names_both_shapes(two: tuple[Path, Path], tmp_path: Path) -> None:
+    name = f"lora_unet_{flat(BLOCK)}_attn2_to_k"
+    tensors = load_file(two[0]) | {f"{name}.{key}": value for key, value in kohya((32, 2048), rank=3).items()}
+    save_file(tensors, tmp_path / "xl.safetensors")
+    pipe = tiny_pipeline()
+    with pytest.raises(AdapterError, match=r"\[32, 2048\].*\[32, 32\].*SDXL") as error:
+        ap.loras(pipe, {"xl": 1.0}, lora_dir=tmp_path)
+    assert f"{name}.lora_down.weight" in str(error.value)
+    assert digest(pipe) == digest(tiny_pipeline()), "nothing is written before all is known to fit"
+
+
+def test_two_names_for_one_module_do_not_count_twice(two: tuple[Path, Path], tmp_path: Path) -> None:
+    again = {
+        f"unet.{BLOCK}.attn1.to_q.lora_A.weight": torch.ones(2, 32),
+        f"unet.{BLOCK}.attn1.to_q.lora_B.weight": torch.ones(32, 2),
+    }
+    save_file(load_file(two[0]) | again, tmp_path / "twice.safetensors")
+    pipe = tiny_pipeline()
+    with pytest.warns(UserWarning, match="same module"):
+        found = ap.loras(pipe, {"twice": 1.0}, lora_dir=tmp_path)["twice"]
+    assert len(found.unused) == 2
+
+
+def test_broken_files(two: tuple[Path, Path], tmp_path: Path) -> None:
+    pipe, tensors = tiny_pipeline(), load_file(two[0])
+    key = next(key for key in tensors if key.endswith("lora_up.weight"))
+    save_file(tensors | {key: torch.full_like(tensors[key], float("nan"))}, tmp_path / "nan.safetensors")
+    save_file(tensors | {key: tensors[key][:, :1].clone()}, tmp_path / "torn.safetensors")
+    (tmp_path / "short.safetensors").write_bytes(two[0].read_bytes()[:-10])
+    for name, kind, said in (
+        ("nan", AdapterError, "NaN"),
+        ("torn", AdapterError, "do not belong together"),
+        ("short", CheckpointError, "short"),
+    ):
+        with pytest.raises(kind, match=said):
+            ap.loras(pipe, {name: 1.0}, lora_dir=tmp_path)
+    assert digest(pipe) == digest(tiny_pipeline())
+
+
+@pytest.mark.parametrize(
+    "weight", [float("nan"), float("inf"), "0.8", True, None, {"unet": float("nan")}, {"vae": 1.0}]
+)
+def test_what_is_no_weight_is_refused(weight: Any, two: tuple[Path, Path]) -> None:
+    with pytest.raises(AdapterError, match=r"weight|vae"):
+        ap.loras(tiny_pipeline(), {str(two[0]): weight})
+
+
+def test_a_weight_for_each_component(two: tuple[Path, Path]) -> None:
+    name, pipe, plain = str(two[0]), tiny_pipeline(), tiny_pipeline()
+    ap.loras(pipe, {name: {"unet": 0.4}})
+    assert ap.loras(pipe)[name].weights == {"text_encoder": 1.0, "unet": 0.4}, (
+        "what is not named has 1, as in diffusers"
+    )
+    ap.loras(pipe, {name: {"unet": 0.4, "text_encoder": 0}})
+    ap.loras(plain, {name: 0.4})
+    for one, other, same in ((pipe.unet, plain.unet, True), (pipe.text_encoder, plain.text_encoder, False)):
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) is same
+
+
+def test_only_pipelines_have_loras() -> None:
+    with pytest.raises(AdapterError, match="Linear"):
+        ap.loras(torch.nn.Linear(1, 1), {})
+
+
+# ---- beside diffusers' own
+
+
+def test_beside_an_adapter_of_diffusers(two: tuple[Path, Path], tmp_path: Path) -> None:
+    """PEFT wraps the layers; the parameters inside are the same ones."""
+    peft_file(tiny_pipeline(), tmp_path, ["to_q", "to_k"])
+    pipe, reference, name = tiny_pipeline(), tiny_pipeline(), str(two[0])
+    for one in (pipe, reference):
+        one.load_lora_weights(tmp_path, adapter_name="theirs")
+    lycoris = lycoris_file(tiny_pipeline(), tmp_path / "copy.safetensors", "locon")
+    assert lycoris
+    ap.loras(pipe, {name: 0.7})
+    ap.loras(reference, {str(tmp_path): 1.0, name: 0.7})
+    reference.unload_lora_weights()
+    assert difference(quick(pipe), quick(reference)) < 2e-4
+    pipe.unload_lora_weights()
+    ap.loras(pipe, {})
+    assert digest(pipe) == digest(tiny_pipeline())
+
+
+@pytest.mark.filterwarnings("ignore:No LoRA keys")
+def test_fused_adapters_of_diffusers_are_refused_and_told(two: tuple[Path, Path], tmp_path: Path) -> None:
+    peft_file(tiny_pipeline(), tmp_path, ["to_q", "to_k"])
+    pipe, name = tiny_pipeline(), str(two[0])
+    ap.loras(pipe, {name: 0.7})
+    pipe.load_lora_weights(tmp_path, adapter_name="theirs")
+    pipe.fuse_lora()
+    with pytest.raises(AdapterError, match=r"theirs.*unfuse_lora"):
+        ap.loras(pipe, {name: 0.1})
+    pipe.unload_lora_weights()
+    fused = pipe.unet.get_submodule(f"{BLOCK}.attn1.to_q").weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"\.data"):
+        ap.loras(pipe, {})
+    assert torch.equal(pipe.unet.get_submodule(f"{BLOCK}.attn1.to_q").weight, fused)
+
+
+def test_fused_projections_are_refused(two: tuple[Path, Path]) -> None:
+    pipe = tiny_pipeline()
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(AdapterError, match="unfuse_qkv_projections"):
+        ap.loras(pipe, {str(two[0]): 1.0})

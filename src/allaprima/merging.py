@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -248,19 +248,34 @@ def _write(
     fitted: Sequence[Fitted],
     strengths: Mapping[str, Mapping[str, float]],
 ) -> None:
+    """Merge into all components, or, where that fails (memory), into none."""
+    holders = {component: merged(module) for component, module in parts.items()}
     with _resting(pipe):
-        for component, module in parts.items():
-            holder = merged(module)
-            terms: dict[int, tuple[nn.Parameter, Terms]] = {}
-            for one in fitted:
-                strength = strengths[one.name].get(component, 0.0)
-                for parameter, change in one.changes.get(component, ()) if strength else ():
-                    earlier = terms.get(id(parameter), (parameter, ()))[1]
-                    terms[id(parameter)] = (parameter, (*earlier, (change, strength)))
-            holder.write(terms.values())
-            holder.active = {
-                one.name: (_report(one, strengths[one.name]), one.adapter) for one in fitted if component in one.changes
-            }
+        before = {component: holder.terms for component, holder in holders.items()}
+        try:
+            for component, holder in holders.items():
+                holder.write(_terms(fitted, component, strengths))
+        except BaseException:
+            with suppress(RuntimeError, MemoryError):
+                for component, holder in holders.items():
+                    holder.write(before[component])
+            raise
+    for component, holder in holders.items():
+        here = [one for one in fitted if component in one.changes]
+        holder.active = {one.name: (_report(one, strengths[one.name]), one.adapter) for one in here}
+
+
+def _terms(
+    fitted: Sequence[Fitted], component: str, strengths: Mapping[str, Mapping[str, float]]
+) -> list[tuple[nn.Parameter, Terms]]:
+    """All changes of each parameter of a component, in the order in which the adapters were given."""
+    found: dict[int, tuple[nn.Parameter, Terms]] = {}
+    for one in fitted:
+        strength = strengths[one.name].get(component, 0.0)
+        for parameter, change in one.changes.get(component, ()) if strength else ():
+            earlier = found.get(id(parameter), (parameter, ()))[1]
+            found[id(parameter)] = (parameter, (*earlier, (change, strength)))
+    return list(found.values())
 
 
 @contextmanager
@@ -270,10 +285,12 @@ def _resting(pipe: Any) -> Iterator[None]:
     with ExitStack() as held:
         for engine in found:
             held.enter_context(engine._lock)
-        yield
-        for engine in found:
-            if any(parameter.is_inference() for parameter in engine.module.parameters()):
-                engine.rebind()
+        try:
+            yield
+        finally:
+            for engine in found:
+                if any(parameter.is_inference() for parameter in engine.module.parameters()):
+                    engine.rebind()
 
 
 # ---- what is told --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import AdapterError
+from ..errors import AdapterError, CheckpointError
 from ..models import LORAS
 from .checkpoints import check_safetensors
 from .lora_formats import Adapter, understand
@@ -71,11 +71,14 @@ def read(path: Path) -> Adapter:
     """
     if path.suffix in PICKLES:
         raise _pickled(path)
-    check_safetensors(path)
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"LoRA {path} cannot be read: {error.strerror}.") from error
     key = (str(path.resolve()), stat.st_mtime_ns, stat.st_size)
     if (known := _CACHE.get(key)) is not None:
         return known
+    check_safetensors(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         # Copies: the file may be written again while we hold them.

@@ -8,8 +8,9 @@ notice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -28,22 +29,21 @@ Terms: TypeAlias = tuple[tuple[Delta, float], ...]
 class Touched:
     """A parameter that is not what it was.
 
-    base     its untouched numbers, contiguous, in host memory (pinned for a parameter on a GPU)
-    version  that we left it with; another one means that somebody else wrote it since.  Tensors of inference mode have
-             none
+    base           its untouched numbers, contiguous, in host memory (pinned for a parameter on a GPU)
+    version, mark  that we left it with (no mark yet: None): others mean that somebody else wrote it since.  Tensors of
+                   inference mode have no version, and writes through `.data` (as by fuse_lora) change only the mark
     """
 
     parameter: nn.Parameter
     base: torch.Tensor
     terms: Terms = ()
     version: int | None = None
+    mark: int | None = None
 
-    @property
-    def intact(self) -> bool:
-        if self.parameter.is_inference():
-            expected = total(self.base, self.terms, self.parameter.device).to(self.parameter.dtype)
-            return torch.equal(self.parameter, expected)
-        return self.version == self.parameter._version
+    def intact(self, mark: int) -> bool:
+        """Whether nobody else wrote it; `mark` is that of its present bits."""
+        cast = self.parameter.dtype != self.base.dtype  # by module.to(dtype): it has other bits, but no other numbers
+        return self.version == _version(self.parameter) and (cast or self.mark in (None, mark))
 
 
 class Merged:
@@ -56,48 +56,58 @@ class Merged:
         self.active: dict[str, tuple[Any, Adapter]] = {}
         self._touched: dict[int, Touched] = {}
 
+    @property
+    def terms(self) -> list[tuple[nn.Parameter, Terms]]:
+        """What `write` was given last."""
+        return [(one.parameter, one.terms) for one in self._touched.values()]
+
     def write(self, wanted: Iterable[tuple[nn.Parameter, Terms]]) -> int:
         """Let exactly these parameters hold these changes.  returns the number of parameters that were written.
 
-        Where it fails on the way (memory), what was written is taken back.
+        Where it fails on the way, `write(terms of before)` takes back what was written.
         """
         targets = {id(parameter): (parameter, terms) for parameter, terms in wanted if terms}
         for gone in [touched for key, touched in self._touched.items() if key not in targets]:
             targets[id(gone.parameter)] = (gone.parameter, ())
-        before = {key: (touched.parameter, touched.terms) for key, touched in self._touched.items()}
-        try:
-            return self._write(targets)
-        except BaseException:
-            back = {key: (touched.parameter, ()) for key, touched in self._touched.items()} | before
-            with suppress(RuntimeError):
-                self._write(back)
-            raise
-
-    def _write(self, targets: Mapping[int, tuple[nn.Parameter, Terms]]) -> int:
-        written = 0
+        self._drop_overwritten()
+        written: list[Touched] = []
         with full_precision():
             for key, (parameter, terms) in targets.items():
                 touched = self._touched.get(key)
-                if touched is not None and not touched.intact:
-                    touched = None  # somebody gave it other numbers: these are what we start from now
-                    del self._touched[key]
-                if touched is None:
-                    if not terms:
-                        continue
+                if touched is None and terms:
                     touched = self._touched[key] = Touched(parameter, _kept(parameter))
-                if touched.terms != terms:
-                    _put(parameter, touched, terms)
-                    written += 1
-                if not terms:
-                    del self._touched[key]
-        for device in {parameter.device for parameter, _ in targets.values()}:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # bases were copied without waiting
-        return written
+                if touched is not None and (touched.terms != terms or touched.base.dtype != parameter.dtype):
+                    _put(touched, terms)
+                    written.append(touched)
+                    if not terms:
+                        del self._touched[key]
+        # This waits for the device, and so for the copies of bases.
+        for touched, mark in zip(written, _marks([one.parameter for one in written]), strict=True):
+            touched.mark = mark
+        return len(written)
+
+    def _drop_overwritten(self) -> None:
+        """Forget what somebody gave other numbers: these are what we start from now."""
+        lost = self._lost()
+        if unseen := [one for one in lost if one.version is not None and one.version == _version(one.parameter)]:
+            warnings.warn(
+                f"{len(unseen)} parameters were written through .data (fuse_lora does that) while LoRAs of "
+                "allaprima.loras were in them; these are part of their numbers from now on. Load the checkpoint again "
+                "to be rid of them, and remove LoRAs with loras(pipe, {}) before fusing others.",
+                UserWarning,
+                stacklevel=5,
+            )
+        for one in lost:
+            del self._touched[id(one.parameter)]
+
+    def _lost(self) -> list[Touched]:
+        every = list(self._touched.values())
+        marks = _marks([one.parameter for one in every])
+        return [one for one, mark in zip(every, marks, strict=True) if not one.intact(mark)]
 
     def overwritten(self) -> list[nn.Parameter]:
         """The touched parameters that somebody else wrote since: they have lost their adapters."""
-        return [touched.parameter for touched in self._touched.values() if not touched.intact]
+        return [one.parameter for one in self._lost()]
 
     @property
     def base_bytes(self) -> int:
@@ -124,13 +134,29 @@ def _kept(parameter: nn.Parameter) -> torch.Tensor:
     return copy.copy_(source, non_blocking=on_gpu)
 
 
-def _put(parameter: nn.Parameter, touched: Touched, terms: Terms) -> None:
+def _put(touched: Touched, terms: Terms) -> None:
+    parameter = touched.parameter
     if touched.base.dtype != parameter.dtype:  # module.to(dtype) came between: as if it had come before
         touched.base = touched.base.to(parameter.dtype)
     with torch.inference_mode(parameter.is_inference()), torch.no_grad():
         parameter.copy_(total(touched.base, terms, parameter.device) if terms else touched.base)
-    touched.terms = terms
-    touched.version = None if parameter.is_inference() else parameter._version
+    touched.terms, touched.version, touched.mark = terms, _version(parameter), None
+
+
+def _version(parameter: nn.Parameter) -> int | None:
+    return None if parameter.is_inference() else parameter._version
+
+
+def _marks(parameters: Sequence[nn.Parameter]) -> list[int]:
+    """A number for the bits of each parameter; one wait a device."""
+    marks = [0] * len(parameters)
+    for device in {parameter.device for parameter in parameters}:
+        there = [i for i, parameter in enumerate(parameters) if parameter.device == device and parameter.itemsize > 1]
+        if there:
+            found = [torch.hash_tensor(parameters[i].detach()).view(torch.int64) for i in there]
+            for i, mark in zip(there, torch.stack(found).tolist(), strict=True):
+                marks[i] = mark
+    return marks
 
 
 def total(base: torch.Tensor, terms: Sequence[tuple[Delta, float]], device: torch.device) -> torch.Tensor:
@@ -146,12 +172,12 @@ def total(base: torch.Tensor, terms: Sequence[tuple[Delta, float]], device: torc
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Within this context float32 products are float32 products, whatever the user allows for pictures."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
     try:
+        for place in places:
+            place.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
