@@ -129,9 +129,24 @@ def test_a_scheduler_has_a1111s_name(tiny_pipe: Any, name: str) -> None:
     assert generation.sampler_name(tiny_pipe.scheduler) == name
 
 
-def test_clip_skip_without_the_optimizer_is_refused(pipelines: stand_ins.Pipelines) -> None:
-    with pytest.raises(InputError, match="clip skip"):
-        pictures(pipelines, dataclasses.replace(FAST, clip_skip=2), optimized=False)
+def test_clip_skip_takes_another_layer_without_the_optimizer_too(pipelines: stand_ins.Pipelines) -> None:
+    skipped = pictures(pipelines, dataclasses.replace(FAST, clip_skip=2), optimized=False)
+    assert difference(skipped[0].image, pictures(pipelines, FAST, optimized=False)[0].image) > 0
+
+
+def test_the_loras_of_tags_and_options_are_one_list() -> None:
+    tagged = dataclasses.replace(FAST, prompts=("a <lora:pen:0.5> cat<lora:水墨:0.2:1>",), adapters=(("pen", 0.25),))
+    assert tagged.loras == (("pen", 0.75, 0.75), ("水墨", 0.2, 1.0))
+    assert tagged.adapters == (("pen", 0.25),)
+
+
+def test_the_prompts_of_a_request_share_their_loras() -> None:
+    same = ("<lora:a:1><lora:b:1> cat", "dog <lora:b:1><lora:a:1>")
+    assert len(dataclasses.replace(FAST, prompts=same).loras) == 2
+    with pytest.raises(InputError, match="different LoRA tags"):
+        dataclasses.replace(FAST, prompts=("<lora:a:1> cat", "dog"))
+    with pytest.raises(InputError, match="'strong'"):
+        dataclasses.replace(FAST, prompts=("<lora:a:strong> cat",))
 
 
 # ---- drawing
@@ -232,16 +247,65 @@ def test_other_errors_keep_their_type(pipelines: stand_ins.Pipelines) -> None:
         pictures(pipelines, FAST)
 
 
-def test_a_prompt_that_is_cut_is_told(pipelines: stand_ins.Pipelines) -> None:
-    drawn = pictures(pipelines, dataclasses.replace(FAST, prompts=("a" * 75, "b" * 76)))
-    assert [len(picture.notes) for picture in drawn] == [0, 1]
-    assert "78 tokens" in drawn[1].notes[0]
+def plain_diffusers(pipe: Any, request: Request, prompts: list[str]) -> list[np.ndarray]:
+    """What the pipeline draws without anything of ours."""
+    settings = settle(request, pipe, "tiny")
+    images = pipe(
+        prompts,
+        negative_prompt=[request.negative_prompt] * len(prompts),
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        width=settings.width,
+        height=settings.height,
+        generator=[torch.Generator("cpu").manual_seed(settings.seed + i) for i in range(len(prompts))],
+    ).images
+    return [np.asarray(image) for image in images]
+
+
+@pytest.mark.parametrize("prompts", [("a red apple",), ("一个（苹果", "a: b, {c} 16：9", "")])
+def test_prompts_without_syntax_draw_what_diffusers_draws_to_the_bit(
+    pipelines: stand_ins.Pipelines, prompts: tuple[str, ...]
+) -> None:
+    asked = dataclasses.replace(FAST, prompts=prompts, negative_prompt="blurry")
+    drawn = [np.asarray(picture.image) for picture in pictures(pipelines, asked)]
+    expected = plain_diffusers(pipelines.pipe, asked, list(prompts))
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, expected, strict=True))
+
+
+def test_prompts_are_read_in_a1111s_syntax(pipelines: stand_ins.Pipelines) -> None:
+    asked = dataclasses.replace(FAST, steps=4, prompts=("cat", "(cat:1.5)", "[cat:dog:1]", "cat AND dog", "cat :0.5"))
+    drawn = pictures(pipelines, asked)
+    alone = [
+        pictures(pipelines, dataclasses.replace(asked, prompts=(prompt,), seed=5 + i))[0].image
+        for i, prompt in enumerate(asked.prompts)
+    ]
+    same_seed = [pictures(pipelines, dataclasses.replace(asked, prompts=(p,)))[0].image for p in asked.prompts]
+    assert all(difference(picture.image, image) <= 1 for picture, image in zip(drawn, alone, strict=True))
+    assert all(difference(same_seed[0], image) > 1 for image in same_seed[1:])
+    assert [picture.info.prompt for picture in drawn] == list(asked.prompts)
+
+
+def test_a_prompt_longer_than_a_chunk_is_read_to_its_end(pipelines: stand_ins.Pipelines) -> None:
+    """Beside a short one, whose picture stays what it is alone."""
+    ends = ("a" * 80 + "b", "a" * 80 + "c")
+    asked = dataclasses.replace(FAST, prompts=("a", *ends), steps=4)
+    drawn = pictures(pipelines, asked)
+    one = pictures(pipelines, dataclasses.replace(asked, prompts=ends[:1], seed=7))[0].image
+    assert difference(drawn[2].image, one) > 0
+    assert difference(drawn[0].image, pictures(pipelines, dataclasses.replace(asked, prompts=("a",)))[0].image) <= 1
+
+
+def test_what_is_read_otherwise_than_expected_is_told(pipelines: stand_ins.Pipelines) -> None:
+    drawn = pictures(pipelines, dataclasses.replace(FAST, prompts=("a <hypernet:b:1> cat", "in 16:9", "in 16 : 1")))
+    assert [len(picture.notes) for picture in drawn] == [1, 1, 0]
+    assert "<hypernet:b:1>" in drawn[0].notes[0]
+    assert "9" in drawn[1].notes[0]
 
 
 def test_characters_that_the_model_does_not_know_are_told(tiny_bert_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module = stand_ins.Pipelines(tiny_bert_pipe)
     stand_ins.install(monkeypatch, module)
-    drawn = pictures(module, dataclasses.replace(FAST, prompts=("红色的苹果", "红色的龙")))
+    drawn = pictures(module, dataclasses.replace(FAST, prompts=("（红色的苹果）", "[红色的龙:苹果:0.5]")))
     assert [picture.notes for picture in drawn] == [(), ("the model does not know 龙",)]
 
 

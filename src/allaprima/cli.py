@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .generation import Request, Settings
+    from .prompts import LoraTag
 
 # The user gave something that cannot be used: exit 2, as for a wrong option.  Other errors: exit 1.
 BAD_INPUT = (AdapterError, ConfigError, InputError, ModelError)
 DEFAULT_MODEL = "emoji"
 
-Adapters: TypeAlias = tuple[tuple[str, float], ...]
+Adapters: TypeAlias = "tuple[LoraTag, ...]"
 
 
 class Dtype(StrEnum):
@@ -165,12 +166,12 @@ def generate(
         adapters=tuple(parse_lora(text) for text in lora or ()),
     )
     check_output(output, request.num_images)
-    if request.adapters and optimize:
+    if request.loras and optimize:
         raise AdapterError(
-            f"LoRAs ({', '.join(name for name, _ in request.adapters)}) are not yet supported on an optimized "
+            f"LoRAs ({', '.join(tag.name for tag in request.loras)}) are not yet supported on an optimized "
             "pipeline: draw with --no-optimize."
         )
-    pipe = _load(model, dtype, scheduler, request.adapters, optimize)
+    pipe = _load(model, dtype, scheduler, request.loras, optimize)
     _draw_and_save(pipe, request, model, optimize, output)
 
 
@@ -349,7 +350,7 @@ def _load(model: str, dtype: Dtype, scheduler: str | None, adapters: Adapters, o
 def _load_adapters(pipe: Any, adapters: Adapters) -> None:
     from .models import LORAS
 
-    for name, _ in adapters:
+    for name, _, _ in adapters:
         path = LORAS[name].path if name in LORAS else Path(name)
         if not path.is_file():
             raise AdapterError(f"There is no LoRA {name!r}: give a .safetensors file, or {', '.join(LORAS)}.")
@@ -357,7 +358,8 @@ def _load_adapters(pipe: Any, adapters: Adapters) -> None:
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=Path(name).stem)
         except (OSError, ValueError, LookupError, RuntimeError) as error:
             raise AdapterError(f"The LoRA {name!r} does not fit this model: {str(error)[:300]}") from error
-    pipe.set_adapters([Path(name).stem for name, _ in adapters], [weight for _, weight in adapters])
+    weights = [te if te == unet else {"text_encoder": te, "unet": unet} for _, te, unet in adapters]
+    pipe.set_adapters([Path(name).stem for name, _, _ in adapters], weights)
 
 
 def _draw_and_save(pipe: Any, request: Request, model: str, optimized: bool, output: Path) -> None:

@@ -12,20 +12,27 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import __version__
 from .errors import InputError, NumericsError, OutOfMemoryError, SizeError, is_out_of_memory
 from .infotext import Infotext, save_png
+from .prompts import LoraTag, Prompt, parse, parse_negative
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .prompts import Encoded
+
 Task = Literal["text2img", "img2img", "inpaint"]
 OnStep = Callable[[int, float], None]
+Shot = tuple[str, int]
+"""A prompt and a seed."""
 
 SIZE_MULTIPLE, MIN_SIZE, MAX_SIZE = 8, 64, 2048
 MAX_SEED = 2**32
@@ -37,12 +44,13 @@ STEPS, GUIDANCE_SCALE = 25, 7.5
 class Request:
     """What to draw.  None leaves the choice to the model.
 
+    prompts      in A1111's syntax, as the negative prompt is (allaprima.prompts); they share their LoRA tags
     size         (width, height) in pixels, multiples of 8 from 64 to 2048
     seed         of the first image; image i of all that are asked has seed + i
     count        images of each prompt        batch    images drawn at once
     init_image   a picture to start from; with a mask, only its white part is drawn anew
     strength     0 keeps the init image, 1 draws it anew
-    adapters     (name, weight) of each LoRA that the pipeline carries; only written down
+    adapters     (name, weight) of LoRAs beside those of the prompts' tags
     clip_skip    as A1111 counts: 1 takes the text encoder's last layer, 2 the one before
     raises       InputError, SizeError
     """
@@ -75,6 +83,7 @@ class Request:
         _check_range("strength", self.strength, 0, 1)
         if self.mask and not self.init_image:
             raise InputError("A mask needs the picture it belongs to: give it with --init-image.")
+        _check_tags(self.prompts)
 
     @property
     def task(self) -> Task:
@@ -85,6 +94,16 @@ class Request:
     @property
     def num_images(self) -> int:
         return len(self.prompts) * self.count
+
+    @property
+    def loras(self) -> tuple[LoraTag, ...]:
+        """The given LoRAs and those of the prompts' tags; one that is named twice has the sum of its weights."""
+        given = [LoraTag(name, weight, weight) for name, weight in self.adapters]
+        found: dict[str, LoraTag] = {}
+        for name, te, unet in (*given, *parse(self.prompts[0]).loras):
+            before = found.get(name, LoraTag(name, 0.0, 0.0))
+            found[name] = LoraTag(name, before.te + te, before.unet + unet)
+        return tuple(found.values())
 
 
 @dataclass(frozen=True)
@@ -191,19 +210,19 @@ def draw(
     """
     from .pipelines import as_task
 
-    if request.clip_skip > 1 and not optimized:
-        raise InputError("clip skip needs the optimizer: diffusers' own fails with transformers 5.")
     task_pipe, inputs = as_task(pipe, request.task), _task_inputs(request, settings)
     shots = [(prompt, settings.seed + i) for i, prompt in enumerate(_repeat(request.prompts, request.count))]
-    for start in range(0, len(shots), request.batch):
-        batch = shots[start : start + request.batch]
+    start = 0
+    for batch in _batches(pipe, shots, settings, request.batch):
         arguments = _arguments(request, settings, batch, inputs)
         begun = time.perf_counter()
         with _memory_errors(settings, len(batch)):
-            images, note = _call(task_pipe, optimized, arguments, _reporter(on_step, start, len(batch)))
+            encode, report = partial(_encoded, pipe, request, settings, batch), _reporter(on_step, start, len(batch))
+            images, note = _call(task_pipe, optimized, arguments, encode, report)
         seconds = (time.perf_counter() - begun) / len(batch)
+        start += len(batch)
         for image, (prompt, seed) in zip(images, batch, strict=True):
-            notes = tuple(filter(None, (note, _too_long(pipe, prompt), _unknown(pipe, prompt))))
+            notes = tuple(filter(None, (note, *_notes(pipe, parse(prompt)))))
             yield Picture(image, seed, seconds, infotext(request, settings, prompt, seed), notes)
 
 
@@ -257,13 +276,26 @@ def save(picture: Picture, output: Path) -> Path:
 
 
 def _call(
-    pipe: Any, optimized: bool, arguments: Callable[[], dict[str, Any]], callback: Any
+    pipe: Any,
+    optimized: bool,
+    arguments: Callable[[], dict[str, Any]],
+    encode: Callable[[], Encoded | None],
+    report: Callable[[Any, int], None],
 ) -> tuple[list[Image], str]:
     """Run the pipeline; where the optimizer's numbers go bad, run it again without."""
     from .pipelines import eager
 
     def run() -> list[Image]:
-        return _to_pil(pipe, pipe(**arguments(), callback_on_step_end=callback, output_type="np").images)
+        given, encoded = arguments(), encode()
+
+        def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            report(pipe, step)
+            return encoded.on_step_end(pipe, step, timestep, tensors) if encoded else tensors
+
+        if encoded:
+            given = {k: v for k, v in given.items() if k not in ("prompt", "negative_prompt")} | encoded.arguments()
+        with encoded.composing(pipe) if encoded else nullcontext():
+            return _to_pil(pipe, pipe(**given | {"callback_on_step_end": after_step}, output_type="np").images)
 
     try:
         return run(), ""
@@ -275,7 +307,7 @@ def _call(
 
 
 def _arguments(
-    request: Request, settings: Settings, batch: list[tuple[str, int]], inputs: dict[str, Any]
+    request: Request, settings: Settings, batch: list[Shot], inputs: dict[str, Any]
 ) -> Callable[[], dict[str, Any]]:
     """What the pipeline is called with, made anew at each try: generators are spent by use."""
     import torch
@@ -288,33 +320,66 @@ def _arguments(
         guidance_scale=settings.guidance_scale,
         # One generator an image, on the CPU: the same noise alone, in any batch and on any device.
         generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
-        clip_skip=request.clip_skip - 1 or None,
         **{**inputs, **each},
     )
 
 
-def _reporter(on_step: OnStep | None, start: int, batch: int) -> Any:
-    """A diffusers callback that tells `on_step` how far the batch is."""
+def _encoded(pipe: Any, request: Request, settings: Settings, batch: list[Shot]) -> Encoded | None:
+    """The prompts of a batch, or None where diffusers reads the same in them: no syntax, and no more than one chunk."""
+    from .prompts import can_encode, encode, num_chunks
 
-    def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    prompts = [prompt for prompt, _ in batch]
+    texts = [*map(parse, dict.fromkeys(prompts)), parse_negative(request.negative_prompt)]
+    plain = request.clip_skip == 1 and all(text.is_plain for text in texts)
+    if plain and (not can_encode(pipe) or all(num_chunks(pipe, text, 1) == 1 for text in texts)):
+        return None
+    return encode(
+        pipe,
+        prompts,
+        request.negative_prompt,
+        steps=_num_calls(pipe, settings),
+        clip_skip=request.clip_skip,
+        guidance=settings.guidance_scale > 1,
+    )
+
+
+def _num_calls(pipe: Any, settings: Settings) -> int:
+    """How often the UNet is asked: by schedulers of second order twice a step."""
+    return int(settings.steps * getattr(pipe.scheduler, "order", 1))
+
+
+def _batches(pipe: Any, shots: list[Shot], settings: Settings, size: int) -> Iterator[list[Shot]]:
+    """Pictures that are drawn at once: neighbours whose prompts have one length, since a longer prompt beside it
+    would change what a shorter one draws."""
+    from .prompts import can_encode, num_chunks
+
+    calls = _num_calls(pipe, settings)
+    lengths = {prompt: num_chunks(pipe, parse(prompt), calls) if can_encode(pipe) else 1 for prompt, _ in shots}
+    for _, group in groupby(shots, key=lambda shot: lengths[shot[0]]):
+        alike = list(group)
+        yield from (alike[i : i + size] for i in range(0, len(alike), size))
+
+
+def _reporter(on_step: OnStep | None, start: int, batch: int) -> Callable[[Any, int], None]:
+    """Tells `on_step` how far the batch is."""
+
+    def report(pipe: Any, step: int) -> None:
         if on_step:
             on_step(start, batch * (step + 1) / pipe.num_timesteps)
-        return tensors
 
-    return after_step
+    return report
 
 
 def _repeat(prompts: tuple[str, ...], count: int) -> Iterator[str]:
     return (prompt for prompt in prompts for _ in range(count))
 
 
-def _too_long(pipe: Any, prompt: str) -> str:
-    """A note on a prompt that is longer than the text encoder reads."""
-    limit = pipe.tokenizer.model_max_length
-    num_tokens = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-    if num_tokens <= limit:
-        return ""
-    return f"the prompt has {num_tokens} tokens, of which the model reads {limit}: {prompt[:60]!r} …"
+def _notes(pipe: Any, prompt: Prompt) -> Iterator[str]:
+    """What the user should know of a prompt."""
+    yield _unknown(pipe, prompt.words)
+    yield from (f"nothing reads the tag {tag}: it is left out" for tag in prompt.unknown)
+    if len(prompt.parts) == 1 and (weight := prompt.parts[0].weight) != 1:
+        yield f"the prompt ends in a weight, as A1111 reads it: its guidance is multiplied by {weight:g}"
 
 
 def _unknown(pipe: Any, prompt: str) -> str:
@@ -383,6 +448,13 @@ def _nearest(pixels: int) -> int:
 def _next_number(folder: Path) -> int:
     numbers = [int(found[1]) for path in folder.glob("*.png") if (found := re.match(r"(\d{5,})-", path.name))]
     return max(numbers, default=0) + 1
+
+
+def _check_tags(prompts: tuple[str, ...]) -> None:
+    """LoRAs are in the weights, and so the same for all pictures of a request."""
+    first, *others = (parse(prompt).loras for prompt in prompts)
+    if any(sorted(other) != sorted(first) for other in others):
+        raise InputError("The prompts have different LoRA tags: give them in requests of their own.")
 
 
 def _check_text(prompt: object) -> None:
