@@ -213,7 +213,7 @@ class Decomposed(Delta):
         others = [axis for axis in range(base.dim()) if axis != self.axis]
         norm = torch.linalg.vector_norm(moved, dim=others, keepdim=True)
         norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a row of zeros stays one
-        return moved.mul_(_along(self.axis, self.magnitude, base) / norm).sub_(base)
+        return moved.div_(norm).mul_(_along(self.axis, self.magnitude, base)).sub_(base)
 
     def tensors(self) -> list[torch.Tensor]:
         return [*self.inner.tensors(), self.magnitude]

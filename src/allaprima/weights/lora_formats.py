@@ -225,6 +225,8 @@ def _hadamard(parts: _Parts, scale: Any) -> Iterable[Delta]:
 
 
 def _kronecker(parts: _Parts, scale: Any) -> Iterable[Delta]:
+    if not all(parts.has(side) or parts.has(f"{side}_a", f"{side}_b") for side in ("lokr_w1", "lokr_w2")):
+        return
     sides: list[tuple[torch.Tensor, ...]] = []
     rank = 0
     cored = parts.has("lokr_t2")
@@ -232,13 +234,11 @@ def _kronecker(parts: _Parts, scale: Any) -> Iterable[Delta]:
         a, b = f"{side}_a", f"{side}_b"
         if parts.has(side):
             sides.append((parts.take(side),))
-        elif parts.has(a, b):
+        else:
             sides.append((parts.take(a), parts.take(b)))
             rank = sides[-1][1].shape[0]
             axis = 0 if cored and side == "lokr_w2" else 1
             parts.check(a, b, sides[-1][0].shape[axis] == rank)
-        else:
-            return
     core = parts.take("lokr_t2") if cored and len(sides[1]) == 2 else None
     # Two whole factors have no rank, and what is written as their alpha means nothing.
     yield Kronecker(sides[0], sides[1], scale(rank) if rank else 1.0, core)
