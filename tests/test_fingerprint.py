@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.nn import functional as F
 
-from allaprima.fingerprint import StructureWatch, WeightsWatch, _identical, adapters, structure, structure_key
+from allaprima.fingerprint import StructureWatch, WeightsWatch, _identical, structure, structure_key
 from tests.tiny import tiny_bert, tiny_clip, tiny_unet, tiny_vae
 
 CHANGES: dict[str, Callable[[Any], None]] = {
@@ -220,15 +220,32 @@ def test_a_forward_replaced_inside_is_noticed() -> None:
     assert "Conv2d" in str(StructureWatch(module).hooked())
 
 
-def test_adapters_are_found_active_or_not() -> None:
+def test_adapters_are_weights_and_no_structure() -> None:
     from peft import LoraConfig
 
     module = tiny_unet()
-    assert adapters(module) == []
+    before = structure_key(module)
+    watch = StructureWatch(module)
+    module.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"]), "ink")
+    assert structure_key(module) == before
+    assert not watch.unchanged(), "other layers stand in the places of some"
+    watch, weights = StructureWatch(module), WeightsWatch(module)
+    assert watch.hooked() is None
+    module.set_adapters("ink", 0.5)
+    assert watch.unchanged()
+    assert not weights.unchanged()
+    module.conv_in.padding = (2, 2)
+    assert structure_key(module) != before
+
+
+def test_a_hook_on_an_adapters_layer_is_named() -> None:
+    from peft import LoraConfig
+
+    module = tiny_unet()
     module.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "ink")
-    assert adapters(module) == ["ink"]
-    module.disable_adapters()
-    assert adapters(module) == ["ink"]
+    (_, layer), *_ = ((n, p) for n, p in module.named_modules() if n.endswith("to_q"))
+    layer.register_forward_hook(lambda *_: None)
+    assert StructureWatch(module).hooked() == "Linear"
 
 
 @pytest.mark.parametrize(

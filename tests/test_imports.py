@@ -17,7 +17,7 @@ PACKAGE = Path(allaprima.__file__).parent
 # A module imports only from lines below its own; modules of one line do not know each other.
 ORDER = (
     ("cli", "server"),
-    ("demo",),
+    ("demo", "models_command"),
     ("bench", "doctor"),
     ("verification",),
     ("generation", "hires"),
@@ -37,7 +37,17 @@ ORDER = (
     ("record",),
     ("graph",),
     ("ops",),
-    ("alt_diffusion", "environment", "fingerprint", "infotext", "models", "notices", "config", "numerics", "schedulers"),
+    (
+        "alt_diffusion",
+        "environment",
+        "fingerprint",
+        "infotext",
+        "models",
+        "notices",
+        "config",
+        "numerics",
+        "schedulers",
+    ),
     ("errors",),
 )
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names}

@@ -36,13 +36,14 @@ from .capture import (
     widen_guards,
 )
 from .config import Config
-from .errors import AdapterError, AllaprimaError, CaptureError, OutOfMemoryError, SizeError, is_out_of_memory
-from .fingerprint import StructureWatch, WeightsWatch, adapters, structure
+from .errors import AllaprimaError, CaptureError, OutOfMemoryError, SizeError, is_out_of_memory
+from .fingerprint import StructureWatch, WeightsWatch, structure
 from .graph import Graph, peak_bytes
 from .rewrite import rewrite, rules_for
 from .rewrite.rule import Declined
 from .runner import Runner, row_of, stays_in_place
 from .stage import Time, batch_rows, cut
+from .tuners import peeled
 from .weights.binding import Sources
 from .weights.gathering import Unit, gather
 
@@ -64,6 +65,8 @@ class Profile:
     normalise  brings the arguments to one form, so that equal calls have equal signatures
     capturing  context in which the module is captured
     schedules  the lists of timesteps that may be running; lets the schedule stage run once for all of a list
+    timestep   the argument that is one of them
+    options    the argument whose entry "scale" multiplies the scales of adapters (diffusers' `apply_lora_scale`)
     """
 
     name: str = "module"
@@ -73,6 +76,7 @@ class Profile:
     capturing: Callable[[nn.Module], AbstractContextManager[None]] = lambda module: nullcontext()
     schedules: Callable[[], Sequence[torch.Tensor]] = tuple
     timestep: str | None = None
+    options: str | None = None
 
 
 @dataclass
@@ -98,8 +102,7 @@ class Engine:
     """Callable that replaces `module.forward`.
 
     It runs the module eagerly, and says so in `events.fallbacks`, where it cannot do better: train mode, hooks inside
-    the module, inputs that require gradients, calls that cannot be captured.
-    raises  AdapterError where an adapter would otherwise be ignored
+    the module, inputs that require gradients, adapters that cannot be merged, calls that cannot be captured.
     """
 
     def __init__(self, module: nn.Module, config: Config, profile: Profile | None = None) -> None:
@@ -115,6 +118,7 @@ class Engine:
         self._sources = Sources(module)
         self._structure: StructureWatch | None = None
         self._weights: WeightsWatch | None = None
+        self._forms: list[Any] = []
         self._place = ("", "")
         self._storable = False
         """Whether the versions of torch and its like stand for all of the module's code."""
@@ -160,12 +164,13 @@ class Engine:
         return self.observe(result, args) if self.observe else result
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if reason := self._eager_reason(args, kwargs):
+        scale, unscaled = self._scale(kwargs)
+        if reason := self._eager_reason(args, kwargs, scale):
             return self._fall_back(reason, args, kwargs)
         key: Key | None = None
         try:
-            timesteps = self._timesteps(args, kwargs)
-            here_args, here_kwargs = self._with_timestep(timesteps, args, kwargs)
+            timesteps = self._timesteps(args, unscaled)
+            here_args, here_kwargs = self._with_timestep(timesteps, args, unscaled)
             normal_args, normal_kwargs = self.profile.normalise(*here_args, **here_kwargs)
             call = self._read(normal_args, normal_kwargs)
             key = (*self._place, call.signature)
@@ -180,6 +185,16 @@ class Engine:
         with torch.no_grad():
             leaves = runner(call.tensors, symbols, timesteps)
         return pytree.tree_unflatten(leaves, runner.program.outputs)
+
+    def _scale(self, kwargs: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        """What this call multiplies the adapters' scales by (data, as they are), and the call without that."""
+        name = self.profile.options
+        options = kwargs.get(name) if name else None
+        if name is None or not isinstance(options, Mapping):
+            return 1.0, kwargs
+        rest = {key: value for key, value in options.items() if key != "scale"}
+        others = {key: value for key, value in kwargs.items() if key != name}
+        return float(options.get("scale", 1.0)), others | ({name: rest} if rest else {})
 
     def _timesteps(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, int] | None:
         """All timesteps of the present run, where the weights are, and which of them this call is for."""
@@ -212,32 +227,34 @@ class Engine:
             return args, kwargs | {name: timestep}
         return (args[0], timestep, *args[2:]), kwargs
 
-    def _eager_reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def _eager_reason(self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float) -> str | None:
         """Notice what changed; returns why this call has to run eagerly."""
         same_structure = self._structure is not None and self._structure.unchanged()
-        if not same_structure or self._weights is None or not self._weights.unchanged():
-            self._look_again(same_structure)
+        same_weights = self._weights is not None and self._weights.unchanged() and self._sources.scale == scale
+        if not same_structure or not same_weights:
+            self._look_again(same_structure, scale)
         assert self._structure is not None
         if self.module.training:
             return "train mode: call .eval()"
         if hooked := self._structure.hooked():
             return f"a forward hook inside ({hooked})"
+        if self._sources.unmergeable:
+            return f"an adapter that is no change of weights ({self._sources.unmergeable})"
         if torch.is_autocast_enabled(torch.device(self._place[1]).type):
             return "autocast is on: give the model its dtype instead (pipe.to(dtype))"
         if torch.is_grad_enabled() and any(_wants_grad(v) for v in (*args, *kwargs.values())):
             return "an input requires gradients"
         return None
 
-    def _look_again(self, same_structure: bool) -> None:
-        if found := adapters(self.module):
-            raise AdapterError(
-                f"{self.profile.name} carries the adapter(s) {', '.join(found)}, which this version cannot run "
-                "optimized. Unload them (pipe.unload_lora_weights()) or call allaprima.restore(pipe) first."
-            )
+    def _look_again(self, same_structure: bool, scale: float) -> None:
         if not same_structure:
             self._structure = StructureWatch(self.module)
-        self._weights = WeightsWatch(self.module)
+        self._sources.scale = scale
         self._refresh_sources()
+        self._weights = WeightsWatch(self.module)  # after parameters gave up their place to merged ones
+        if same_structure and self._weights.forms == self._forms:
+            return
+        self._forms = self._weights.forms
         key, foreign = structure(self.module)
         self._storable = foreign is None and getattr(self.original, "__func__", None) is type(self.module).forward
         place = key, str(_placement(self.module)[0])
@@ -246,7 +263,8 @@ class Engine:
             self._place = place
 
     def _refresh_sources(self) -> None:
-        changed = self._sources.refresh()
+        with torch.inference_mode(False), torch.no_grad():  # merged weights are written into buffers
+            changed = self._sources.refresh()
         for runners in self._runners.values():
             for runner in runners:
                 runner.stale |= changed
@@ -335,7 +353,7 @@ class Engine:
         for dims in rules:
             started = time.perf_counter()
             try:
-                with self.profile.capturing(self.module):
+                with self.profile.capturing(self.module), peeled(self.module):
                     return capture(self.module, self.original, call, dims)
             except CaptureError as error:
                 reasons.append(error)
@@ -411,6 +429,7 @@ class Engine:
             return
         started = time.perf_counter()
         rebuilt = runner.bind(self._sources)
+        self._weights = WeightsWatch(self.module)  # parameters may have moved
         seconds = time.perf_counter() - started
         if rebuilt:
             self.events.rebuilds += 1

@@ -12,6 +12,7 @@ from .errors import ConfigError
 from .pipelines import engines
 from .rewrite.rule import Declined
 from .stage import Time
+from .tuners import layers_in_force
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Explanation:
     rebuilds   compiled stages built again after a change of weights, and the seconds that took
     fired      rule -> how often;  declined: (node, rule, reason)
     fallbacks  why calls ran eagerly -> how often
+    adapters   component -> adapter (PEFT's, as diffusers loads them) -> layers whose weights it changes now
     """
 
     captures: int
@@ -49,6 +51,7 @@ class Explanation:
     fallbacks: dict[str, int]
     stages: tuple[StageSummary, ...]
     signatures: dict[str, list[str]] = field(default_factory=dict)
+    adapters: dict[str, dict[str, int]] = field(default_factory=dict)
     weight_bytes: int = 0
     derived_bytes: int = 0
 
@@ -79,6 +82,7 @@ def explain(target: Any) -> Explanation:
         fallbacks=dict(Counter({f"{n}: {why}": k for n, e in found.items() for why, k in e.events.fallbacks.items()})),
         stages=tuple(s for name, engine in found.items() for s in _stages(name, engine)),
         signatures={name: list(e.events.signatures) for name, e in found.items()},
+        adapters={name: layers for name, engine in found.items() if (layers := layers_in_force(engine.module))},
         weight_bytes=sum(e.weight_bytes() for e in found.values()),
         derived_bytes=sum(e.derived_bytes() for e in found.values()),
     )
@@ -110,6 +114,7 @@ def _lines(e: Explanation) -> list[str]:
         f"captures   {e.captures} in {e.capture_s:.1f} s, {e.loaded} found on disk, {e.discharged} sizes confirmed",
         f"built      {e.build_s:.2f} s; {e.rebuilds} rebuilds after a change of weights, {e.rebuild_s:.2f} s",
         f"weights    {e.weight_bytes / 2**20:.1f} MiB, derived {e.derived_bytes / 2**20:.1f} MiB",
+        "adapters   " + (_adapters(e.adapters) or "none of PEFT's"),
         "calls      " + ", ".join(f"{name} {count}" for name, count in e.calls.items()),
         "",
         f"{'stage':<24}{'runs':>6}{'calls':>7}{'linear':>8}{'conv':>6}{'attn':>6}  backend",
@@ -129,3 +134,10 @@ def _lines(e: Explanation) -> list[str]:
         [f"  {count:>5} × {why}" for why, count in e.fallbacks.items()] if e.fallbacks else ["  none"]
     )
     return lines
+
+
+def _adapters(found: dict[str, dict[str, int]]) -> str:
+    return "; ".join(
+        f"{component}: " + ", ".join(f"{name} in {layers} layers" for name, layers in adapters.items())
+        for component, adapters in found.items()
+    )

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .tuners import BOOKKEEPING, TunersWatch, peeled
+
 _SIMPLE = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _MODULE_STATE = {
     name for name in nn.Module().__dict__ if name != "training"
@@ -28,7 +30,7 @@ _BOOKKEEPING = {
     "architectures", "torch_dtype", "dtype",
 }  # fmt: skip
 """Entries of configurations that say where a model came from; the parameters' dtypes are part of the key anyway."""
-_IGNORED = _MODULE_STATE | {"forward", "_output_capturing_hooks_installed", "_hf_hook", "_old_forward"}
+_IGNORED = _MODULE_STATE | {"forward", "_output_capturing_hooks_installed", "_hf_hook", "_old_forward"} | BOOKKEEPING
 _VERSIONED = {"torch", "diffusers", "transformers", *sys.stdlib_module_names} - {"__main__"}
 """Packages whose code is known by their version, which is part of a record's name."""
 _DEEP = 4
@@ -38,7 +40,7 @@ class Structure(NamedTuple):
     """What decides a module's mathematics.
 
     key      digest of classes and the code of their forwards, configuration, attributes, processors, names, shapes
-             and dtypes of parameters, train mode.  The weights' values are no part of it
+             and dtypes of parameters, train mode.  The weights' values are no part of it, and no adapter is
     foreign  a piece of code in the module that no package's version stands for (its source may change from one process
              to the next), or None
     """
@@ -48,6 +50,11 @@ class Structure(NamedTuple):
 
 
 def structure(module: nn.Module) -> Structure:
+    with peeled(module):
+        return _structure(module)
+
+
+def _structure(module: nn.Module) -> Structure:
     describer = _Describer()
     digest = hashlib.sha256()
     for name, part in module.named_modules(remove_duplicate=False):
@@ -145,11 +152,13 @@ def _code(code: CodeType) -> str:
 
 
 class StructureWatch:
-    """Remembers a module's parts and what their attributes are and hold, by identity."""
+    """Remembers a module's parts and what their attributes are and hold, by identity.  Of adapters it remembers which
+    layers have any."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.parts = list(module.modules())
-        inner = [p for p in self.parts if p is not module]
+        inner = [p for p in module.modules() if p is not module]
+        with peeled(module):
+            self.parts = list(module.modules())
         # Views of dictionaries and lists: they show what these hold at the time of reading.
         self._views = [d.values() for p in self.parts for d in (p.__dict__, p._modules)] + list(_held(self.parts))
         # The values are kept alive, so that a new object can never stand at an old one's address.
@@ -233,7 +242,7 @@ def _only_recorders(part: nn.Module) -> bool:
 
 
 class WeightsWatch:
-    """Remembers which tensors a module's parameters and buffers are, and their versions.
+    """Remembers which tensors a module's parameters and buffers are, their versions, and which adapters are active.
 
     Writes through `.data` change no version: `rebind` is for those.
     """
@@ -246,6 +255,8 @@ class WeightsWatch:
         self._versioned = [t for t in tensors if not t.is_inference()]
         self._tensors = tensors
         self._state = self._look()
+        self._tuners = TunersWatch(module)
+        self.forms = [(t.shape, t.dtype, t.device) for t in tensors]
 
     def _read(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._holders)))
@@ -256,14 +267,4 @@ class WeightsWatch:
 
     def unchanged(self) -> bool:
         held = chain.from_iterable(map(dict.values, self._holders))
-        return _identical(held, self._held) and self._look() == self._state
-
-
-def adapters(module: nn.Module) -> list[str]:
-    """Names of PEFT adapters in the module, active or not; empty without PEFT."""
-    found: set[str] = set()
-    for part in module.modules():
-        scaling = part.__dict__.get("scaling")
-        if isinstance(scaling, dict) and hasattr(part, "merged_adapters"):
-            found.update(map(str, scaling))
-    return sorted(found)
+        return _identical(held, self._held) and self._look() == self._state and self._tuners.unchanged()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,64 +22,112 @@ from torch.fx.node import map_arg
 
 from ..graph import Graph, aten
 from ..stage import Program, Stage, Time
+from ..tuners import merged, peeled, state, unmerge_what_is_off
 from .gathering import LEAST_BYTES, PORTION_BYTES, Unit, gather
 
 
 class Sources:
-    """A module's parameters and buffers by name, and which of them changed since the last look."""
+    """A module's parameters and buffers by name, with adapters merged into them, and which changed since the last look.
+
+    scale       what the adapters' own scales are multiplied by
+    unmergeable why the module's adapters cannot be merged, or None
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._seen: dict[str, tuple[torch.Tensor, tuple[int, int, torch.dtype]]] = {}
+        self._seen: dict[str, tuple[torch.Tensor, tuple[Any, ...]]] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        self._homes: dict[str, int] = {}
+        self._homes: dict[str, torch.Tensor] = {}
         self._passing: set[str] = set()
+        self._adapted: set[str] = set()
+        self.scale = 1.0
+        self.unmergeable: str | None = None
 
     def refresh(self) -> set[str]:
-        """Read the module again.  returns the names whose tensor or version is new."""
+        """Read the module again.  returns the names whose tensor, version or adapters are new."""
         changed = set()
-        self.tensors = {}
-        named = (self._module.named_parameters, self._module.named_buffers)
-        for name, tensor in (pair for read in named for pair in read(remove_duplicate=False)):
+        before, self.tensors, self.unmergeable = self.tensors, {}, None
+        parameters, tuners = self._read()
+        for name, tensor in parameters.items():
+            path, _, key = name.rpartition(".")
+            tuner = tuners.get(path)
             # `module.to(...)` keeps the Parameter and its version, and gives it other storage.
-            state = _state(tensor)
-            before = self._seen.get(name)
-            if before is None or before[0] is not tensor or before[1] != state:
-                changed.add(name)
-            if before is not None and before[0] is not tensor:
-                self._leave(name, before[0])
-            self._seen[name] = (tensor, state)
-            self.tensors[name] = tensor.detach()
+            now = (*_state(tensor), state(tuner, self.scale) if tuner is not None else None)
+            seen = self._seen.get(name)
+            if seen is not None and seen[0] is tensor and seen[1] == now:
+                self.tensors[name] = before[name] if name in self._adapted else tensor.detach()
+                continue
+            changed.add(name)
+            if seen is not None and seen[0] is not tensor:
+                self._leave(name, seen[0])
+            self._adapted.discard(name)
+            if not _fits(self._homes.get(name, tensor), [tensor]):
+                del self._homes[name]  # the module has another dtype or device now; the old place may go
+            value = self._with_adapters(tuner, key) if now[-1] is not None else None
+            self.tensors[name] = tensor.detach() if value is None else self._beside(name, tensor, value)
+            self._seen[name] = (tensor, (*_state(tensor), now[-1]))
         return changed
+
+    def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Parameters and buffers by their names without adapters, and the layers that hold adapters."""
+        with peeled(self._module) as tuners:
+            for tuner in tuners.values():
+                unmerge_what_is_off(tuner)
+            named = (self._module.named_parameters, self._module.named_buffers)
+            return dict(pair for read in named for pair in read(remove_duplicate=False)), tuners
+
+    def _with_adapters(self, tuner: Any, key: str) -> torch.Tensor | None:
+        """A parameter as its adapters change it; None where they do not."""
+        try:
+            return merged(tuner, self.scale).get(key)
+        except ValueError as error:
+            self.unmergeable = str(error)
+            return None
+
+    def _beside(self, name: str, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Where the program reads a parameter with adapters: the parameter itself goes on holding the base."""
+        self._adapted.add(name)
+        if name not in self._homes:
+            return value
+        self._leave(name, parameter)
+        return self._homes[name].copy_(value)
 
     def adopt(self, name: str, view: torch.Tensor, passing: bool = False) -> None:
         """Let a parameter live in `view`, which holds its numbers.
 
         passing   until a program knows how it wants to have it
         """
+        self._homes[name] = view
+        (self._passing.add if passing else self._passing.discard)(name)
+        if name in self._adapted:
+            self.tensors[name] = view
+            return
         parameter = self._seen[name][0]
         parameter.data = view
-        self._homes[name] = view.data_ptr()
-        (self._passing.add if passing else self._passing.discard)(name)
-        for other, (tensor, _) in list(self._seen.items()):
+        for other, (tensor, known) in list(self._seen.items()):
             if tensor is parameter:
-                self._seen[other] = (parameter, _state(parameter))
+                self._seen[other] = (parameter, (*_state(parameter), known[-1]))
                 self.tensors[other] = parameter.detach()
 
     def _leave(self, name: str, parameter: torch.Tensor) -> None:
         """Give a parameter that another one stands for now memory of its own: somebody may put it back, and its place
         will hold the other's numbers."""
-        if parameter.data_ptr() == self._homes.get(name):
+        home = self._homes.get(name)
+        if home is not None and parameter.data_ptr() == home.data_ptr():
             with torch.inference_mode(False):
                 parameter.data = parameter.data.clone()
 
     def at_home(self, name: str) -> bool:
         """Whether a parameter lives where a program put it."""
-        return name not in self._passing and self._homes.get(name) == self.tensors[name].data_ptr()
+        return name not in self._passing and self._lives_in_home(name)
+
+    def _lives_in_home(self, name: str) -> bool:
+        home = self._homes.get(name)
+        return home is not None and home.data_ptr() == self.tensors[name].data_ptr()
 
     def scattered(self) -> list[Unit]:
         """The movable parameters that have not been gathered: in slabs they can wait for their program."""
-        names = [name for name in self.movable() if self._homes.get(name) != self.tensors[name].data_ptr()]
+        names = [name for name in self.movable() if not self._lives_in_home(name)]
         return [
             Unit(tensor.data_ptr(), tensor.nbytes, tensor.device, partial(self._pass, name))
             for name, tensor in ((name, self.tensors[name]) for name in names)
@@ -101,11 +150,11 @@ class Sources:
 
     def release(self) -> None:
         """Give every adopted parameter memory of its own again, in the common order."""
-        parameters = dict(self._module.named_parameters(remove_duplicate=False))
         self.tensors = {}  # or it would keep the slabs
-        for name, home in self._homes.items():
-            if name in parameters and parameters[name].data_ptr() == home:
-                parameters[name].data = parameters[name].data.clone(memory_format=torch.contiguous_format)
+        for name, parameter in self._read()[0].items():
+            home = self._homes.get(name)
+            if home is not None and parameter.data_ptr() == home.data_ptr():
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self._homes.clear()
         self._passing.clear()
 
