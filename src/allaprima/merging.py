@@ -98,7 +98,9 @@ def loras(
     """
     parts = _components(pipe)
     if weights is None:
-        return _present(parts)
+        found = _present(parts)
+        found.overwritten = tuple(_overwritten(parts))
+        return found
     places = lora_files.folders(lora_dir)
     strengths = {str(name): _strengths(name, weight, parts) for name, weight in weights.items()}
     names = Names(parts)
@@ -304,17 +306,18 @@ def _report(one: Fitted, strengths: Mapping[str, float]) -> Lora:
 def _present(parts: Mapping[str, nn.Module]) -> Loras:
     """What the modules hold: a component that the user exchanged since is no part of it."""
     found = Loras()
-    overwritten: list[str] = []
     for component, module in parts.items():
-        holder = merged(module)
-        for name, (lora, _) in holder.active.items():
+        for name, (lora, _) in merged(module).active.items():
             here = dict(found[name].weights) if name in found else {}
             weights = here | {component: lora.weights[component]}
             found[name] = Lora(name, lora.path, weights, lora.applied, lora.unused)
-        lost = {id(parameter) for parameter in holder.overwritten()}
-        overwritten += [f"{component}.{path}" for path, p in module.named_parameters() if id(p) in lost]
-    found.overwritten = tuple(overwritten)
     return found
+
+
+def _overwritten(parts: Mapping[str, nn.Module]) -> Iterator[str]:
+    for component, module in parts.items():
+        lost = {id(parameter) for parameter in merged(module).overwritten()}
+        yield from (f"{component}.{path}" for path, p in module.named_parameters() if id(p) in lost)
 
 
 def _nearest(name: str, names: Names) -> str:
