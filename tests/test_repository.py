@@ -85,7 +85,11 @@ def options_of(command: str) -> set[str]:
         program = typer.Typer()
         program.command()(bench)
         found = typer.main.get_command(program)
-    return {name for option in found.params for name in (*option.opts, *option.secondary_opts)} | {"--help", "-h"}
+    parts = [found, *getattr(found, "commands", {}).values()]
+    return {n for part in parts for option in part.params for n in (*option.opts, *option.secondary_opts)} | {
+        "--help",
+        "-h",
+    }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
