@@ -37,16 +37,17 @@ ORDER = (
     ("record",),
     ("graph",),
     ("ops",),
+    ("fingerprint",),
     (
         "alt_diffusion",
         "environment",
-        "fingerprint",
         "infotext",
         "models",
         "notices",
         "config",
         "numerics",
         "schedulers",
+        "tuners",
     ),
     ("errors",),
 )

@@ -187,7 +187,7 @@ def _is_plain(tuner: Any, name: str) -> bool:
 
 
 def _with_products(tuner: Any, found: list[str], scale: float) -> torch.Tensor:
-    weight = base(tuner).weight.detach()
+    weight: torch.Tensor = base(tuner).weight.detach()
     # A copy in any case: float() of a float32 tensor is the tensor itself.
     rows = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format).flatten(1)
     if turned := getattr(tuner, "fan_in_fan_out", False):
