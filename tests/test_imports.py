@@ -37,9 +37,8 @@ ORDER = (
     ("record",),
     ("graph",),
     ("ops",),
-    ("fingerprint",),
+    ("fingerprint", "alt_diffusion"),
     (
-        "alt_diffusion",
         "environment",
         "infotext",
         "models",
