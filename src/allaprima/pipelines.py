@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -31,22 +31,33 @@ from .schedulers import SCHEDULERS, set_scheduler
 from .weights.checkpoints import load
 
 with quiet_import():
-    from diffusers import (
-        DiffusionPipeline,
-        StableDiffusionImg2ImgPipeline,
-        StableDiffusionInpaintPipeline,
-        StableDiffusionPipeline,
-    )
+    import diffusers
+    from diffusers import DiffusionPipeline
 
 __all__ = [
     "SCHEDULERS", "Optimized", "as_task", "eager", "engines", "load", "optimize", "rebind", "restore", "set_scheduler",
 ]  # fmt: skip
 
-TASKS: Mapping[str, type[DiffusionPipeline]] = {
-    "text2img": StableDiffusionPipeline,
-    "img2img": StableDiffusionImg2ImgPipeline,
-    "inpaint": StableDiffusionInpaintPipeline,
-}
+Task = Literal["text2img", "img2img", "inpaint"]
+TASKS: tuple[Task, ...] = ("text2img", "img2img", "inpaint")
+FAMILIES: tuple[dict[str, str], ...] = (
+    {"text2img": "StableDiffusionPipeline", "img2img": "StableDiffusionImg2ImgPipeline",
+     "inpaint": "StableDiffusionInpaintPipeline"},
+    {"text2img": "StableDiffusionXLPipeline", "img2img": "StableDiffusionXLImg2ImgPipeline",
+     "inpaint": "StableDiffusionXLInpaintPipeline"},
+    {"text2img": "StableDiffusionControlNetPipeline", "img2img": "StableDiffusionControlNetImg2ImgPipeline",
+     "inpaint": "StableDiffusionControlNetInpaintPipeline"},
+    {"text2img": "StableDiffusionXLControlNetPipeline", "img2img": "StableDiffusionXLControlNetImg2ImgPipeline",
+     "inpaint": "StableDiffusionXLControlNetInpaintPipeline"},
+    {"text2img": "LatentConsistencyModelPipeline", "img2img": "LatentConsistencyModelImg2ImgPipeline"},
+    {"text2img": "StableDiffusion3Pipeline", "img2img": "StableDiffusion3Img2ImgPipeline",
+     "inpaint": "StableDiffusion3InpaintPipeline"},
+    {"text2img": "FluxPipeline", "img2img": "FluxImg2ImgPipeline", "inpaint": "FluxInpaintPipeline"},
+    {"text2img": "AltDiffusionPipeline", "img2img": "AltDiffusionImg2ImgPipeline",
+     "inpaint": "StableDiffusionInpaintPipeline"},
+)  # fmt: skip
+"""The classes that draw with one set of components, by task."""
+DENOISERS = frozenset({"unet", "transformer"})
 _STATE = "_allaprima"
 
 
@@ -73,9 +84,10 @@ class Optimized:
 def optimize(target: Any, config: Config | None = None) -> Any:
     """Optimize a diffusers pipeline, or any module, in place.  returns it.
 
-    Text encoder, UNet, VAE decoder and encoder each get an engine.  Nothing is compiled now; each is captured at its
-    first call and never again, whatever the size, batch, prompt, scheduler or checkpoint.
-    raises  ConfigError where `target` is neither a pipeline nor a module
+    Text and image encoders, UNet or transformer, ControlNets, VAE decoder and encoder each get an engine.  Nothing is
+    compiled now; each is captured at its first call and never again, whatever the size, batch, prompt, scheduler or
+    checkpoint.
+    raises  ConfigError where `target` is neither a pipeline nor a module, and where its weights are offloaded
     """
     config = config or Config()
     if isinstance(target, DiffusionPipeline):
@@ -138,26 +150,50 @@ def eager(target: Any) -> Iterator[Any]:
             engine.bypassed = bypassed
 
 
-def as_task(pipe: DiffusionPipeline, task: Literal["text2img", "img2img", "inpaint"]) -> DiffusionPipeline:
+def as_task(pipe: DiffusionPipeline, task: Task) -> DiffusionPipeline:
     """The same components, and so the same engines, as a pipeline for another task.
 
-    raises  InputError for an unknown task
+    raises  InputError for an unknown task, and where diffusers has no such pipeline for these components
     """
     if task not in TASKS:
         raise InputError(f"task {task!r}; allowed: {', '.join(TASKS)}.")
-    if type(pipe) is TASKS[task]:
+    kind = _class_for(pipe, task)
+    if type(pipe) is kind:
         return pipe
-    twin = TASKS[task](**pipe.components, requires_safety_checker=pipe.config.get("requires_safety_checker", False))
+    twin = kind(**_constructor_arguments(pipe, kind))
     twin.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    share(pipe, twin)
+    return twin
+
+
+def share(pipe: Any, twin: Any) -> None:
+    """Let a pipeline of the same components have the engines of `pipe`, if this one has any."""
     if (optimized := state(pipe)) is not None:
         shared = Optimized(optimized.config, optimized.guard, optimized.twins, dict(optimized.engines))
         optimized.twins.add(twin)
         twin.__dict__[_STATE] = shared
         _wrap_methods(twin, shared)
-    return twin
+
+
+def _class_for(pipe: DiffusionPipeline, task: Task) -> type[DiffusionPipeline]:
+    name = type(pipe).__name__
+    family: dict[str, str] = next((f for f in FAMILIES if name in f.values()), {})
+    if task not in family:
+        known = ", ".join(family) or "none, as it belongs to no known family"
+        raise InputError(f"{name} cannot be used for {task!r}; tasks of its components: {known}.")
+    found: type[DiffusionPipeline] = getattr(diffusers, family[task])
+    return found
+
+
+def _constructor_arguments(pipe: DiffusionPipeline, kind: type[DiffusionPipeline]) -> dict[str, Any]:
+    """Components and settings of `pipe` that `kind` takes.  (diffusers' own `from_pipe` casts the shared components to
+    float32 where no dtype is given.)"""
+    parameters = inspect.signature(kind.__init__).parameters
+    return {name: value for name, value in (dict(pipe.config) | pipe.components).items() if name in parameters}
 
 
 def _optimize_pipeline(pipe: Any, config: Config) -> None:
+    _check_offloading(pipe)
     optimized = Optimized(config, NumericsGuard())
     optimized.twins.add(pipe)
     for _, module, _ in _components(pipe, optimized):
@@ -192,15 +228,32 @@ def _remove(engine: weakref.ref[Engine]) -> None:
 
 
 def _components(pipe: Any, optimized: Optimized) -> Iterator[tuple[str, nn.Module, Profile]]:
-    if isinstance(encoder := getattr(pipe, "text_encoder", None), nn.Module):
-        yield "text_encoder", encoder, profiles.text_encoder()
-    if isinstance(unet := getattr(pipe, "unet", None), nn.Module):
-        yield "unet", unet, profiles.unet(functools.partial(_schedules, optimized.twins))
+    schedules = functools.partial(_schedules, optimized.twins)
+    profile_of: dict[str, Callable[[], Profile]] = {
+        "text_encoder": profiles.text_encoder,
+        "text_encoder_2": lambda: profiles.text_encoder("text_encoder_2"),
+        "text_encoder_3": lambda: profiles.text_encoder("text_encoder_3"),
+        "image_encoder": profiles.image_encoder,
+        "unet": lambda: profiles.unet(schedules),
+        "transformer": profiles.transformer,
+    }
+    for name, profile in profile_of.items():
+        if isinstance(module := getattr(pipe, name, None), nn.Module):
+            yield name, module, profile()
+    for name, net in _controlnets(getattr(pipe, "controlnet", None)):
+        yield name, net, profiles.controlnet(name, schedules)
     vae: Any = getattr(pipe, "vae", None)
     if isinstance(getattr(vae, "decoder", None), nn.Module):
         yield "vae.decoder", vae.decoder, profiles.vae_decoder()
     if isinstance(getattr(vae, "encoder", None), nn.Module):
         yield "vae.encoder", vae.encoder, profiles.vae_encoder()
+
+
+def _controlnets(controlnet: Any) -> list[tuple[str, nn.Module]]:
+    """Several ControlNets are one module to diffusers; its parts are called one by one."""
+    if isinstance(nets := getattr(controlnet, "nets", None), nn.ModuleList):
+        return [(f"controlnet.{i}", net) for i, net in enumerate(nets)]
+    return [("controlnet", controlnet)] if isinstance(controlnet, nn.Module) else []
 
 
 def _schedules(twins: weakref.WeakSet[Any]) -> list[torch.Tensor]:
@@ -210,8 +263,8 @@ def _schedules(twins: weakref.WeakSet[Any]) -> list[torch.Tensor]:
 
 
 def _observe(optimized: Optimized, pipe: Any) -> None:
-    if "unet" in optimized.engines:
-        optimized.engines["unet"].observe = optimized.guard.watch
+    for name in DENOISERS & optimized.engines.keys():
+        optimized.engines[name].observe = optimized.guard.watch
     if "vae.decoder" in optimized.engines:
         optimized.engines["vae.decoder"].observe = functools.partial(optimized.guard.decoded, pipe.vae.decoder)
 
@@ -262,10 +315,12 @@ class _Wrapped:
 
 def _checked(pipe: Any, optimized: Optimized, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """diffusers' own checks, with our errors in front: they name the nearest size that can be drawn."""
+    _check_offloading(pipe)
     optimized.guard.reset()
     _install(pipe, optimized)
     given = inspect.signature(original).bind(*args, **kwargs).arguments
-    _check_scheduler(pipe)
+    if "unet" in optimized.engines:
+        _check_scheduler(pipe)
     if "unet" in optimized.engines and "set_timesteps" not in pipe.scheduler.__dict__:  # it may have been exchanged
         _wrap(pipe.scheduler, "set_timesteps", _on_the_host, optimized)
     for axis in ("height", "width"):
@@ -291,13 +346,30 @@ def _check_scheduler(pipe: Any) -> None:
         )
 
 
+def _check_offloading(pipe: Any) -> None:
+    """Offloading takes the weights away after each call, while engines keep theirs at their addresses."""
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    hooked = [name for name, module in modules.items() if any(_moves_weights(part) for part in module.modules())]
+    if hooked:
+        raise ConfigError(
+            f"{', '.join(hooked)} of this pipeline: the weights are offloaded (enable_model_cpu_offload, "
+            "enable_sequential_cpu_offload or device_map), and an optimized pipeline keeps them on one device. Call "
+            "pipe.remove_all_hooks() and pipe.to(device); to save memory, pipe.enable_vae_tiling()."
+        )
+
+
+def _moves_weights(part: nn.Module) -> bool:
+    return part.__dict__.get("_hf_hook") is not None
+
+
 def _with_clip_skip(pipe: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`encode_prompt` with a clip_skip that works: diffusers 0.42 reads `text_encoder.text_model.final_layer_norm`,
     which transformers 5.6 renamed, and which BERT never had.  The old name stands only during this call, because
     diffusers' LoRA loader takes it for a sign of the old layout."""
     given = inspect.signature(original).bind(*args, **kwargs).arguments
     encoder = pipe.text_encoder
-    if given.get("clip_skip") is None or encoder is None or hasattr(encoder, "text_model"):
+    reads_no_norm = hasattr(pipe, "text_encoder_2")  # these pipelines take hidden states as they are
+    if given.get("clip_skip") is None or encoder is None or reads_no_norm or hasattr(encoder, "text_model"):
         return original(*args, **kwargs)
     norm = getattr(encoder, "final_layer_norm", None) or nn.Identity()
     encoder.__dict__["text_model"] = SimpleNamespace(final_layer_norm=norm)

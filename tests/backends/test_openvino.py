@@ -132,6 +132,29 @@ def test_unet_at_every_size_without_another_compilation(unet: tuple[Unet, Graph]
     assert executable._request is request
 
 
+class Cropped(nn.Module):
+    """The middle of a table, as SD3 crops its position embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(24, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[-2] // 2, x.shape[-1] // 2
+        top, left = (24 - height) // 2, (24 - width) // 2
+        return self.table[top : top + height, left : left + width] + x[..., ::2, ::2].sum()
+
+
+def test_a_size_that_is_negative_on_the_way_is_rounded_down() -> None:
+    module = Cropped()
+    graph = captured(module, torch.zeros(2, 3, 8, 12))
+    weights = weights_of(module, graph)
+    executable = compiled(graph, weights)
+    for height, width in ((8, 12), (10, 14), (2, 6)):
+        inputs = [torch.zeros(2, 3, height, width)]
+        assert torch.equal(executable.run(inputs)[0], module(*inputs))
+
+
 def test_non_contiguous_inputs(unet: tuple[Unet, Graph]) -> None:
     module, graph = unet
     weights = weights_of(module, graph)

@@ -261,22 +261,31 @@ def _last_line(error: BaseException) -> str:
 
 
 class _Size:
-    """Arithmetic on i64 scalars of the model, so that Python can evaluate a size's expression on them."""
+    """Arithmetic on i64 scalars of the model, so that Python can evaluate a size's expression on them.
 
-    def __init__(self, output: Output) -> None:
-        self.output = output
+    signed  whether it may be negative on the way, as in (24 - h) // 2: OpenVINO's division rounds towards zero
+    """
+
+    def __init__(self, output: Output, signed: bool = False) -> None:
+        self.output, self.signed = output, signed
 
 
 def _wrapped(value: Any) -> Any:
     return value if isinstance(value, int) else _Size(value)
 
 
-def _size_function(function: Callable[..., Any], swap: bool = False) -> Callable[..., Any]:
+def _size_function(function: Callable[..., Any], swap: bool = False, signed: bool = False) -> Callable[..., Any]:
     def apply(*sizes: Any) -> Any:
         values = [op.constant(s, dtype=np.int64) if isinstance(s, int) else s.output for s in sizes]
-        return _Size(function(*(reversed(values) if swap else values)).output(0))
+        negative = signed or any(s < 0 if isinstance(s, int) else s.signed for s in sizes)
+        divides = _floor_divide if negative and function is op.divide else function
+        return _Size(divides(*(reversed(values) if swap else values)).output(0), negative)
 
     return apply
+
+
+def _floor_divide(a: Any, b: Any) -> Any:
+    return op.divide(op.subtract(a, op.floor_mod(a, b)), b)
 
 
 def _int_or(python: Callable[..., int], model: Callable[..., Any]) -> Callable[..., Any]:
@@ -286,9 +295,9 @@ def _int_or(python: Callable[..., int], model: Callable[..., Any]) -> Callable[.
 
 for _name, _function in {"add": op.add, "sub": op.subtract, "mul": op.multiply, "floordiv": op.divide,
                          "mod": op.floor_mod, "pow": op.power}.items():  # fmt: skip
-    setattr(_Size, f"__{_name}__", _size_function(_function))
-    setattr(_Size, f"__r{_name}__", _size_function(_function, swap=True))
-setattr(_Size, "__neg__", _size_function(op.negative))  # noqa: B010 - like its siblings above
+    setattr(_Size, f"__{_name}__", _size_function(_function, signed=_name == "sub"))
+    setattr(_Size, f"__r{_name}__", _size_function(_function, swap=True, signed=_name == "sub"))
+setattr(_Size, "__neg__", _size_function(op.negative, signed=True))  # noqa: B010 - like its siblings above
 
 _floor_div = _int_or(lambda a, b: a // b, op.divide)
 _SIZE_FUNCTIONS: dict[str, Any] = {
