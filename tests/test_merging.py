@@ -6,12 +6,14 @@ import hashlib
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import allaprima as ap
 from allaprima.config import Config
@@ -264,6 +266,57 @@ def test_a_cast_after_merging_keeps_what_is_underneath(two: tuple[Path, Path]) -
     ap.loras(pipe, {})
     ap.loras(plain, {})
     assert digest(pipe) == digest(plain)
+
+
+def test_another_layout_and_another_place_are_no_other_numbers(two: tuple[Path, Path]) -> None:
+    pipe, name = tiny_pipeline(dtype=torch.float16), str(two[0])
+    ap.loras(pipe, {name: 1.0})
+    pipe.unet.to(memory_format=torch.channels_last)
+    for parameter in pipe.unet.parameters():  # as the engine does it, here off the grid of 8 bytes
+        place = torch.empty(parameter.numel() + 1, dtype=parameter.dtype)[1:].view(parameter.shape)
+        parameter.data = place.copy_(parameter.data)
+    assert not ap.loras(pipe).overwritten
+    ap.loras(pipe, {})
+    assert digest(pipe) == digest(tiny_pipeline(dtype=torch.float16))
+
+
+class Pieces(SimpleNamespace):
+    """What a pipeline is to `loras`: its components."""
+
+
+def test_parameters_that_cannot_be_changed_are_told(two: tuple[Path, Path]) -> None:
+    layer = "transformer_blocks.0.attn.to_q"
+    module = nn.ModuleDict({"transformer_blocks": nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict()})])})
+    attention = module.get_submodule("transformer_blocks.0.attn")
+    path = two[0].with_name("flux.safetensors")
+    save_file({f"transformer.{layer}.{key}": value for key, value in kohya().items()}, path)
+    linear = nn.Linear(32, 32, bias=False)
+    attention.to_q = linear
+    pipe = Pieces(components={"transformer": module})
+    assert ap.loras(pipe, {str(path): {"unet": 2.0}})[str(path)].weights == {"transformer": 2.0}
+    ap.loras(pipe, {})
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(AdapterError, match=r"quantized.*int8"):
+        ap.loras(pipe, {str(path): 1.0})
+    attention.to_q = nn.Linear(32, 32, bias=False, device="meta")
+    with pytest.raises(AdapterError, match="no memory"):
+        ap.loras(pipe, {str(path): 1.0})
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_recorded_graphs_go_on(two: tuple[Path, Path]) -> None:
+    pipe, plain, name = tiny_pipeline().to("cuda"), tiny_pipeline().to("cuda"), str(two[0])
+    ap.optimize(pipe, Config())
+    before = quick(pipe)
+    captures = ap.explain(pipe).captures
+    for weight in (0.8, -0.4):
+        ap.loras(pipe, {name: weight})
+        ap.loras(plain, {name: weight})
+        assert alike(quick(pipe), quick(plain)) > SAME_DB
+    assert ap.explain(pipe).captures == captures
+    ap.loras(pipe, {})
+    assert np.array_equal(quick(pipe), before)
+    assert digest(pipe.to("cpu")) == digest(tiny_pipeline())
 
 
 def test_a_failure_on_the_way_is_taken_back(two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

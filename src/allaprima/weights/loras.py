@@ -24,6 +24,8 @@ from .lora_formats import Adapter
 Terms: TypeAlias = tuple[tuple[Delta, float], ...]
 """Changes and their strengths."""
 
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass
 class Touched:
@@ -143,22 +145,6 @@ def _put(touched: Touched, terms: Terms) -> None:
     touched.terms, touched.version, touched.mark = terms, _version(parameter), None
 
 
-def _version(parameter: nn.Parameter) -> int | None:
-    return None if parameter.is_inference() else parameter._version
-
-
-def _marks(parameters: Sequence[nn.Parameter]) -> list[int]:
-    """A number for the bits of each parameter; one wait a device."""
-    marks = [0] * len(parameters)
-    for device in {parameter.device for parameter in parameters}:
-        there = [i for i, parameter in enumerate(parameters) if parameter.device == device and parameter.itemsize > 1]
-        if there:
-            found = [torch.hash_tensor(parameters[i].detach()).view(torch.int64) for i in there]
-            for i, mark in zip(there, torch.stack(found).tolist(), strict=True):
-                marks[i] = mark
-    return marks
-
-
 def total(base: torch.Tensor, terms: Sequence[tuple[Delta, float]], device: torch.device) -> torch.Tensor:
     """base + Σ strength · ΔW, not rounded: in float32 (a float64 base in float64), contiguous, on `device`."""
     dtype = torch.promote_types(base.dtype, torch.float32) if base.itemsize > 1 else torch.float32
@@ -167,6 +153,31 @@ def total(base: torch.Tensor, terms: Sequence[tuple[Delta, float]], device: torc
     for delta, strength in terms:
         delta.add_to(result, untouched, strength)
     return result
+
+
+def _version(parameter: nn.Parameter) -> int | None:
+    return None if parameter.is_inference() else parameter._version
+
+
+def _marks(parameters: Sequence[nn.Parameter]) -> list[int]:
+    """A number for the bits of each parameter, wherever and in whatever layout they lie; one wait a device."""
+    marks = [0] * len(parameters)
+    for device in {parameter.device for parameter in parameters}:
+        there = [i for i, parameter in enumerate(parameters) if parameter.device == device]
+        found = [torch.hash_tensor(_words(parameters[i].detach())).view(torch.int64) for i in there]
+        for i, mark in zip(there, torch.stack(found).tolist(), strict=True):
+            marks[i] = mark
+    return marks
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits as whole numbers, of 64 bits where they divide so: the hash is no wider than what it is made of."""
+    flat = tensor.contiguous().view(-1)
+    if flat.nbytes % 8:
+        return flat.view(WORDS[flat.itemsize])
+    if flat.data_ptr() % 8 or flat.storage_offset() * flat.itemsize % 8:
+        flat = flat.clone()
+    return flat.view(torch.int64)
 
 
 @contextmanager
