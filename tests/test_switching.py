@@ -4,6 +4,8 @@ file that does not fit."""
 from __future__ import annotations
 
 import gc
+import json
+import os
 import shutil
 import weakref
 from pathlib import Path
@@ -151,6 +153,30 @@ def test_what_does_not_change_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> N
         pipe.vae.decoder.conv_in.weight.mul_(2)  # it holds what is in the file no more
     ap.switch(pipe, "emoji-zh-3d")
     assert_holds(pipe, state(ap.load("emoji-zh-3d", dtype="float32", device="cpu")))
+
+
+def test_tokens_that_were_added_go(home: Path) -> None:
+    """Textual inversion: a longer table, and a tokenizer whose last ids the new table does not have."""
+    pipe, pool = ap.load(home / "one", dtype="float32", device="cpu"), Pool(1 << 30)
+    pool.prefetch(home / "two").result()
+    for _ in range(2):
+        length = len(pipe.tokenizer)
+        pipe.tokenizer.add_tokens(["<statue>"])
+        pipe.text_encoder.resize_token_embeddings(length + 1)
+        ap.switch(pipe, home / "two", pool=pool)
+        assert len(pipe.tokenizer) == length
+        assert_holds(pipe, state(tiny_pipeline(1)))
+    pool.close()
+
+
+def test_a_tokenizer_of_equal_contents_stays(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "two", tmp_path / "two")
+    path = tmp_path / "two" / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({"name_or_path": "elsewhere", **settings}))
+    pipe = ap.load(home / "one", dtype="float32", device="cpu")
+    tokenizer = pipe.tokenizer
+    assert ap.switch(pipe, tmp_path / "two").tokenizer is tokenizer
 
 
 def test_a_cast_is_noticed(home: Path) -> None:
@@ -359,8 +385,6 @@ def test_a_pool_gives_the_same_numbers_without_the_file(home: Path, tmp_path: Pa
         raw[-1024:] = b"\0" * 1024
         with file.open("r+b") as opened:
             opened.write(raw)
-        import os
-
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     ap.switch(pipe, tmp_path / "two", pool=pool)
     assert_holds(pipe, state(tiny_pipeline(1)))

@@ -24,7 +24,7 @@ from .pipelines import engines, optimize, restore, share, state
 from .weights.checkpoints import new_pipeline, open_checkpoint, with_parts
 from .weights.contents import Checkpoint, Component, build
 from .weights.pool import Pool
-from .weights.writing import Write, is_from, plan, remember, remember_other, write
+from .weights.writing import Write, is_from, plan, remember, remember_tokenizer, write
 
 with quiet_import():
     from diffusers import DiffusionPipeline
@@ -81,16 +81,15 @@ def _others(pipe: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     found = {}
     for name, (identity, make) in checkpoint.others.items():
         present = pipe.components.get(name)
-        if is_from(present, identity):
+        if name == "scheduler":
+            new = make()
+            same = type(present) is type(new) and _settings(present) == _settings(new)
+            found[name] = present if same else new
+        elif is_from(present, identity):
             found[name] = present
-            continue
-        new = make()
-        if name == "scheduler" and type(present) is type(new) and _settings(present) == _settings(new):
-            found[name] = present
-            continue
-        if name != "scheduler":  # whose settings the user may change; tokenizers know no others
-            remember_other(new, identity)
-        found[name] = new
+        else:
+            found[name] = make()
+            remember_tokenizer(found[name], identity)
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .contents import Checkpoint, Component, build, model_index, module_folder, 
 from .hub import is_hub_id, snapshot
 from .single_file import of_part, of_single_file
 from .soundness import HOW_TO_CONVERT, check_safetensors, refuse_pickle
-from .writing import remember, remember_other
+from .writing import remember, remember_tokenizer
 
 with quiet_import():
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -106,7 +107,7 @@ def _remember(pipe: Any, checkpoint: Checkpoint) -> None:
         remember(pipe.components[name], component.identity)
     for name, (identity, _) in checkpoint.others.items():
         if name.startswith("tokenizer"):
-            remember_other(pipe.components[name], identity)
+            remember_tokenizer(pipe.components[name], identity)
 
 
 def new_pipeline(kind: type[Any], parts: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
@@ -123,13 +124,7 @@ def new_pipeline(kind: type[Any], parts: Mapping[str, Any], options: Mapping[str
 def with_parts(checkpoint: Checkpoint, swaps: Mapping[str, str | Path]) -> Checkpoint:
     """The checkpoint with other parts in the place of its own.  raises CheckpointError, UnknownModelError"""
     parts = {name: _part(name, Path(source).expanduser(), checkpoint) for name, source in swaps.items()}
-    return Checkpoint(
-        checkpoint.source,
-        checkpoint.pipeline,
-        {**checkpoint.modules, **parts},
-        checkpoint.others,
-        checkpoint.options,
-    )
+    return replace(checkpoint, modules={**checkpoint.modules, **parts})
 
 
 def _part(name: str, source: Path, checkpoint: Checkpoint) -> Component:

@@ -51,6 +51,13 @@ RENAMES: tuple[tuple[str, str], ...] = (
 NOT_WEIGHTS = re.compile(
     r"(^|\.)position_ids$|(^|\.)logit_scale$|^(vision_model|visual_projection)\.|(^|\.)text_projection(\.weight)?$"
 )
+OF_NO_EFFECT = {
+    "_diffusers_version",
+    "name_or_path",
+    "tokenizer_file",
+    "special_tokens_map_file",
+    "transformers_version",
+}
 OPTIONAL = re.compile(r"^pooler\.")
 """BERT's pooler: no pipeline reads it, and many files lack it."""
 
@@ -81,6 +88,7 @@ class Checkpoint:
     modules   by name
     others    name -> (what tells equal ones, how it is built): scheduler and tokenizers
     options   of the pipeline's constructor
+    files     all that was looked at: it is the same checkpoint as long as this is equal
     """
 
     source: str
@@ -88,6 +96,7 @@ class Checkpoint:
     modules: Mapping[str, Component]
     others: Mapping[str, tuple[Identity, Callable[[], Any]]]
     options: Mapping[str, Any] = field(default_factory=dict)
+    files: Identity = ()
 
 
 # ---- folders and embedded models -----------------------------------------------------------------------------------
@@ -126,7 +135,11 @@ def of_folder(path: Path) -> Checkpoint:
         else:
             others[name] = other_folder(kind, path / name)
     options = {k: v for k, v in entries.items() if not k.startswith("_") and not isinstance(v, list | None)}
-    return Checkpoint(str(path), pipeline, modules, others, options)
+    return Checkpoint(str(path), pipeline, modules, others, options, folder_identity(path))
+
+
+def folder_identity(path: Path) -> Identity:
+    return identity(file for file in sorted(path.glob("*")) + sorted(path.glob("*/*")) if file.is_file())
 
 
 def model_index(path: Path) -> dict[str, Any]:
@@ -199,6 +212,14 @@ def identity(files: Iterable[Path], *of: Any) -> Identity:
     return (*found, *of)
 
 
+def is_fresh(known: Identity) -> bool:
+    """Whether files are what they were when their identity was taken."""
+    try:
+        return identity(Path(entry[0]) for entry in known) == known
+    except OSError:
+        return False
+
+
 def _reader(files: tuple[Path, ...]) -> Callable[[], Tensors]:
     @functools.cache
     def read() -> Tensors:
@@ -211,7 +232,7 @@ def other_folder(kind: type[Any], folder: Path) -> tuple[Identity, Callable[[], 
     """A scheduler or tokenizer; equal contents of the folder make equal ones."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.*")):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        digest.update(file.name.encode() + b"\0" + _told(file))
 
     def build() -> Any:
         try:
@@ -220,6 +241,14 @@ def other_folder(kind: type[Any], folder: Path) -> tuple[Identity, Callable[[], 
             raise CheckpointError(f"{folder} cannot be read: {str(error)[:300]}.") from error
 
     return (kind.__name__, digest.hexdigest()), build
+
+
+def _told(file: Path) -> bytes:
+    """A file's contents; of settings, all but how they are written and where they came from."""
+    if not file.name.endswith("_config.json"):
+        return file.read_bytes()
+    settings = {name: value for name, value in read_json(file).items() if name not in OF_NO_EFFECT}
+    return json.dumps(settings, sort_keys=True).encode()
 
 
 # ---- modules of it -------------------------------------------------------------------------------------------------

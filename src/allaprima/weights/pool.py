@@ -14,7 +14,10 @@ import torch
 
 from ..errors import ConfigError
 from .checkpoints import open_checkpoint
-from .contents import Checkpoint, Component, Identity, Tensors
+from .contents import Checkpoint, Component, Identity, Tensors, is_fresh
+from .writing import is_from, remember_tokenizer
+
+MOST_KNOWN = 16
 
 
 class Pool:
@@ -31,6 +34,8 @@ class Pool:
         self.max_bytes = max_bytes
         self._pinned = torch.cuda.is_available() if pinned is None else pinned
         self._held: OrderedDict[Identity, Tensors] = OrderedDict()
+        self._tokenizers: dict[Identity, Any] = {}
+        self._known: OrderedDict[tuple[str, str], Checkpoint] = OrderedDict()
         self._lock = threading.Lock()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
 
@@ -50,16 +55,45 @@ class Pool:
 
     def checkpoint(self, source: str | Path, **options: Any) -> Checkpoint:
         """A checkpoint, those of its parts that are held from memory.  raises what `open_checkpoint` raises"""
-        found = open_checkpoint(source, **options)
-        return replace(found, modules={name: self._from_memory(part) for name, part in found.modules.items()})
+        found = self._open(source, options)
+        return replace(
+            found,
+            modules={name: self._from_memory(part) for name, part in found.modules.items()},
+            others={name: (of, self._built(of, make)) for name, (of, make) in found.others.items()},
+        )
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
         with self._lock:
             self._held.clear()
+            self._known.clear()
+            self._tokenizers.clear()
+
+    def _open(self, source: str | Path, options: dict[str, Any]) -> Checkpoint:
+        """Looked at again only where one of its files has changed."""
+        key = str(source), repr(sorted(options.items()))
+        with self._lock:
+            known = self._known.pop(key, None)
+        if known is None or not known.files or not is_fresh(known.files):
+            known = open_checkpoint(source, **options)
+        with self._lock:
+            self._known[key] = known
+            while len(self._known) > MOST_KNOWN:
+                self._known.popitem(last=False)
+        return known
+
+    def _built(self, of: Identity, make: Callable[[], Any]) -> Callable[[], Any]:
+        """A tokenizer that was built before, unless tokens were added to it; schedulers are quickly built."""
+        present = self._tokenizers.get(of)
+        return (lambda: present) if present is not None and is_from(present, of) else make
 
     def _fetch(self, source: str | Path, options: dict[str, Any]) -> None:
-        for part in open_checkpoint(source, **options).modules.values():
+        found = self._open(source, options)
+        for name, (of, make) in found.others.items():
+            if name.startswith("tokenizer") and not is_from(self._tokenizers.get(of), of):
+                self._tokenizers[of] = make()
+                remember_tokenizer(self._tokenizers[of], of)
+        for part in found.modules.values():
             with self._lock:
                 known = part.identity in self._held
                 if known:

@@ -27,6 +27,7 @@ from .contents import (
     Identity,
     Tensors,
     class_of,
+    folder_identity,
     identity,
     model_index,
     other_folder,
@@ -87,7 +88,8 @@ def of_single_file(path: Path, *, ema: bool = False, config: Path | None = None)
     parts = _Parts(path, tensors, ema)
     modules = {name: parts.component(name, kind, own) for name, kind, own in _kinds(settings)}
     others = _from_folder(config) if config else _others(settings, prediction(path, tensors, settings))
-    return Checkpoint(str(path), _pipeline(settings), modules, others, settings.get("options", {}))
+    files = identity([path]) + (folder_identity(config) if config else ())
+    return Checkpoint(str(path), _pipeline(settings), modules, others, settings.get("options", {}), files)
 
 
 def of_part(path: Path, name: str, kind: type[Any], config: Mapping[str, Any]) -> Component:

@@ -198,12 +198,13 @@ def remember(module: nn.Module, identity: Identity) -> None:
         _ORIGINS[module] = identity, _versions(named_tensors(module).values())
 
 
-def remember_other(thing: Any, identity: Identity) -> None:
-    _ORIGINS[thing] = identity, None
+def remember_tokenizer(tokenizer: Any, identity: Identity) -> None:
+    _ORIGINS[tokenizer] = identity, len(tokenizer)
 
 
-def is_from(thing: Any, identity: Identity) -> bool:
-    return thing is not None and _ORIGINS.get(thing) == (identity, None)
+def is_from(tokenizer: Any, identity: Identity) -> bool:
+    """Whether a tokenizer was built from there and no token was added to it since (textual inversion does)."""
+    return tokenizer is not None and tokenizer in _ORIGINS and _ORIGINS[tokenizer] == (identity, len(tokenizer))
 
 
 def _versions(tensors: Iterable[torch.Tensor]) -> Any:
