@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -206,23 +207,33 @@ def test_a_model_that_cannot_be_loaded_is_explained(here: Path, arguments: tuple
     assert said in run("generate", "a", *arguments, code=2)
 
 
-def test_a_lora_is_drawn_with_by_plain_diffusers_and_written_down(checkpoint: str, here: Path) -> None:
+@pytest.mark.filterwarnings("always:LoRA")  # of the stray key
+@pytest.mark.parametrize("optimizer", ["--optimize", "--no-optimize"])
+def test_loras_are_drawn_with_and_written_down(checkpoint: str, here: Path, optimizer: str) -> None:
     rank, name = 2, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     sides = {"lora_A": torch.ones(rank, 64), "lora_B": torch.ones(64, rank)}
-    save_file({f"{name}.{side}.weight": value for side, value in sides.items()}, "ink.safetensors")
-    options = ("--model", checkpoint, "--no-optimize", *FAST)
-    run("generate", "a", *options, "-o", "plain.png")
-    run("generate", "a", *options, "-o", "ink.png", "--lora", "ink.safetensors:0.5")
-    assert Path("plain.png").read_bytes() != Path("ink.png").read_bytes()
-    info = read_png(here / "ink.png")
+    tensors = {f"{name}.{side}.weight": value for side, value in sides.items()}
+    (here / "my").mkdir()
+    save_file(tensors, "ink.safetensors")
+    save_file(tensors | {"stray": torch.ones(1)}, "my/水墨.v2.safetensors")
+    options = ("--model", checkpoint, "--dtype", "float32", *FAST)
+    run("generate", "a", *options, "--no-optimize", "-o", "plain.png")
+    run("generate", "a", *options, "--no-optimize", "-o", "ink.png", "--lora", "ink.safetensors:0.5")
+    two = ("--lora", "ink.safetensors:1.5", "--lora", "水墨.v2:-1", "--lora-dir", "my")
+    told = run("generate", "a", *options, optimizer, "-o", "two.png", *two)
+    plain, ink, drawn = (np.asarray(Image.open(f"{name}.png")).astype(int) for name in ("plain", "ink", "two"))
+    assert abs(plain - ink).max() > 4
+    assert abs(ink - drawn).max() <= 2, "1.5 and -1 of the same factors are 0.5"
+    assert "stray" in told
+    info = read_png(here / "two.png")
     assert info
-    assert info.settings["Lora"] == "ink.safetensors:0.5"
+    assert info.settings["Lora"] == "ink.safetensors:1.5, 水墨.v2:-1"
 
 
-@pytest.mark.parametrize(("name", "said"), [("cryon", "neon"), ("broken.safetensors", "does not fit")])
-def test_a_lora_that_cannot_be_loaded_is_explained(checkpoint: str, here: Path, name: str, said: str) -> None:
+@pytest.mark.parametrize(("name", "said"), [("neno", "neon"), ("broken.safetensors", "fits nothing")])
+def test_a_lora_that_cannot_be_used_is_explained(checkpoint: str, here: Path, name: str, said: str) -> None:
     save_file({"unet.nowhere.lora_A.weight": torch.ones(2, 2)}, "broken.safetensors")
-    assert said in run("generate", "a", "--model", checkpoint, "--no-optimize", "--lora", name, code=2)
+    assert said in run("generate", "a", "--model", checkpoint, "--lora", name, code=2)
 
 
 def test_an_unknown_scheduler_is_explained(checkpoint: str, here: Path) -> None:
@@ -246,8 +257,7 @@ def test_an_unknown_scheduler_is_explained(checkpoint: str, here: Path) -> None:
         (("--output", "a.png", "--count", "2"), "give a folder"),
         (("--output", f"{__file__}/a.png"), "cannot be written"),
         (("--output", f"{__file__}/new/folder"), "cannot be written"),
-        (("--lora", "crayon:0.8"), "--no-optimize"),
-        (("--lora", "crayon:heavy", "--no-optimize"), "NAME:WEIGHT"),
+        (("--lora", "crayon:heavy"), "NAME:WEIGHT"),
         (("--dtype", "int4"), "bfloat16"),
         (("--colour", "red"), "--colour"),
     ],
@@ -293,7 +303,13 @@ def test_a_wrong_command_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("text", "parsed"),
-    [("crayon:0.8", ("crayon", 0.8)), ("crayon", ("crayon", 1.0)), ("a/b.safetensors:-1", ("a/b.safetensors", -1.0))],
+    [
+        ("crayon:0.8", ("crayon", 0.8)),
+        ("crayon", ("crayon", 1.0)),
+        ("a/b.safetensors:-1", ("a/b.safetensors", -1.0)),
+        ("iuV35.uv1P:1", ("iuV35.uv1P", 1.0)),
+        (r"C:\ink.safetensors", (r"C:\ink.safetensors", 1.0)),
+    ],
 )
 def test_a_lora_has_a_name_and_a_weight(text: str, parsed: tuple[str, float]) -> None:
     assert parse_lora(text) == parsed

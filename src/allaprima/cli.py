@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from . import __version__
 from .errors import AdapterError, AllaprimaError, ConfigError, InputError, ModelError
+from .models_command import models_app
 from .notices import one_line_warnings, quiet_libraries
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 # The user gave something that cannot be used: exit 2, as for a wrong option.  Other errors: exit 1.
 BAD_INPUT = (AdapterError, ConfigError, InputError, ModelError)
 DEFAULT_MODEL = "emoji"
-
-Adapters: TypeAlias = "tuple[LoraTag, ...]"
 
 
 class Dtype(StrEnum):
@@ -124,7 +124,12 @@ def generate(
     ] = -1,
     count: Annotated[int, typer.Option("--count", "-c", help="Images of each prompt.")] = 1,
     batch: Annotated[int, typer.Option("--batch", "-b", help="Images drawn at once.")] = 4,
-    lora: Annotated[list[str] | None, typer.Option(help="Adapter and its weight.", metavar="NAME:WEIGHT")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA and its weight; may be repeated.", metavar="NAME:WEIGHT")
+    ] = None,
+    lora_dir: Annotated[
+        Path | None, typer.Option(help="Where LoRAs are looked for by name; default $ALLAPRIMA_LORAS.")
+    ] = None,
     init_image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White is drawn anew, black is kept.")] = None,
     strength: Annotated[float, typer.Option(help="0 keeps the init image, 1 draws it anew.")] = 0.75,
@@ -144,6 +149,7 @@ def generate(
     allaprima generate "a green apple" --init-image apple.png --strength 0.6
     allaprima generate "a hat" --init-image girl.png --mask head.png
     allaprima generate "a castle" --model path/to/sd15 --size 512x512
+    allaprima generate "a castle" --lora watercolor:0.8 --lora neon:-0.3
 
     Each file holds its prompt, seed and settings as A1111 writes them.
     An image of a batch can be drawn alone again with its own seed.
@@ -166,12 +172,7 @@ def generate(
         adapters=tuple(parse_lora(text) for text in lora or ()),
     )
     check_output(output, request.num_images)
-    if request.loras and optimize:
-        raise AdapterError(
-            f"LoRAs ({', '.join(tag.name for tag in request.loras)}) are not yet supported on an optimized "
-            "pipeline: draw with --no-optimize."
-        )
-    pipe = _load(model, dtype, scheduler, request.loras, optimize)
+    pipe = _load(model, dtype, scheduler, optimize, request.loras, lora_dir)
     _draw_and_save(pipe, request, model, optimize, output)
 
 
@@ -198,7 +199,7 @@ def verify(
     from .generation import Request, parse_size, settle
 
     request = Request((prompt,), size=parse_size(size) if size else None, steps=steps, seed=seed)
-    pipe = _load(model, dtype, scheduler, (), optimized=True)
+    pipe = _load(model, dtype, scheduler, optimized=True)
     from .verification import test_card, test_mask, verify
 
     settings = settle(request, pipe, model)
@@ -243,7 +244,7 @@ def explain(
     from .generation import Request, draw, parse_size, settle
 
     request = Request((prompt,), size=parse_size(size) if size else None, steps=2, seed=0)
-    pipe = _load(model, dtype, None, (), optimized=True)
+    pipe = _load(model, dtype, None, optimized=True)
     with _err().status("Drawing …"):
         for _ in draw(pipe, request, settle(request, pipe, model)):
             pass
@@ -253,28 +254,7 @@ def explain(
     typer.echo(json.dumps(explanation.as_dict(), indent=2, default=str) if as_json else str(explanation))
 
 
-@app.command()
-def models(
-    vocabulary: Annotated[
-        str | None, typer.Option(help="List the words that this model knows.", metavar="MODEL")
-    ] = None,
-) -> None:
-    """List the embedded models and adapters, and what they can draw.
-
-    \b
-    allaprima models
-    allaprima models --vocabulary emoji
-    """
-    from .errors import UnknownModelError
-    from .models import EMBEDDED, LORAS
-    from .models import vocabulary as words_of
-
-    if vocabulary is None:
-        _show_models(EMBEDDED, LORAS)
-    elif vocabulary not in EMBEDDED:
-        raise UnknownModelError(vocabulary, EMBEDDED)
-    else:
-        typer.echo("\n".join(words_of(vocabulary)))
+app.add_typer(models_app, name="models")
 
 
 @app.command()
@@ -322,7 +302,7 @@ def parse_lora(text: str) -> tuple[str, float]:
     raises   AdapterError
     """
     name, colon, weight = text.rpartition(":")
-    if not colon:
+    if not colon or weight.endswith(".safetensors"):  # the colon may be that of a drive
         name, weight = text, "1"
     try:
         value = float(weight)
@@ -333,8 +313,16 @@ def parse_lora(text: str) -> tuple[str, float]:
     return name, value
 
 
-def _load(model: str, dtype: Dtype, scheduler: str | None, adapters: Adapters, optimized: bool) -> Any:
+def _load(
+    model: str,
+    dtype: Dtype,
+    scheduler: str | None,
+    optimized: bool,
+    tags: Sequence[LoraTag] = (),
+    lora_dir: Path | None = None,
+) -> Any:
     quiet_libraries()  # before what follows imports them
+    from .merging import loras
     from .pipelines import load, optimize, set_scheduler
 
     with _err().status(f"Loading {_escaped(model)} …"):
@@ -342,24 +330,9 @@ def _load(model: str, dtype: Dtype, scheduler: str | None, adapters: Adapters, o
         pipe.set_progress_bar_config(disable=True)
         if scheduler:
             set_scheduler(pipe, scheduler)
-        if adapters:
-            _load_adapters(pipe, adapters)
+        if tags:
+            loras(pipe, {name: {"text_encoder": te, "unet": unet} for name, te, unet in tags}, lora_dir=lora_dir)
         return optimize(pipe) if optimized else pipe
-
-
-def _load_adapters(pipe: Any, adapters: Adapters) -> None:
-    from .models import LORAS
-
-    for name, _, _ in adapters:
-        path = LORAS[name].path if name in LORAS else Path(name)
-        if not path.is_file():
-            raise AdapterError(f"There is no LoRA {name!r}: give a .safetensors file, or {', '.join(LORAS)}.")
-        try:
-            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=Path(name).stem)
-        except (OSError, ValueError, LookupError, RuntimeError) as error:
-            raise AdapterError(f"The LoRA {name!r} does not fit this model: {str(error)[:300]}") from error
-    weights = [te if te == unet else {"text_encoder": te, "unet": unet} for _, te, unet in adapters]
-    pipe.set_adapters([Path(name).stem for name, _, _ in adapters], weights)
 
 
 def _draw_and_save(pipe: Any, request: Request, model: str, optimized: bool, output: Path) -> None:
@@ -404,23 +377,6 @@ def _show_drawn(drawn: list[Drawn]) -> None:
         f"{len(drawn)} in {total:.1f} s, {total / len(drawn):.2f} s each; the first batch includes the preparation.",
         highlight=False,
     )
-
-
-def _show_models(embedded: Any, loras: Any) -> None:
-    from rich.table import Table
-
-    table = Table("model", "language", "size", "what it is", "try", title="Embedded models", show_lines=True)
-    for model in embedded.values():
-        height, width = model.native_size
-        examples = "\n".join(model.example_prompts[:3])
-        table.add_row(model.name, model.language, f"{width}x{height}", model.description, examples)
-    _out().print(table)
-    adapters = Table("LoRA", "for", "what it is", "changes", title="Embedded LoRAs")
-    for lora in loras.values():
-        adapters.add_row(lora.name, lora.model, lora.description, lora.targets)
-    _out().print(adapters)
-    _out().print("The words a model knows: [bold]allaprima models --vocabulary NAME[/]")
-    _out().print("Any Stable Diffusion checkpoint works too: [bold]allaprima generate … --model FOLDER_OR_FILE[/]")
 
 
 def _out() -> Console:
