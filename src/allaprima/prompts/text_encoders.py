@@ -145,8 +145,7 @@ class TextEncoders:
         after = before * torch.tensor(weights, device=hidden.device, dtype=torch.float32)[..., None]
         if self.emphasis == "Original":
             shares = torch.tensor(counts, device=hidden.device, dtype=torch.float32)
-            means = [(z.mean((1, 2)) * shares).sum() for z in (before, after)]
-            after = after * (means[0] / means[1])
+            after = after * _ratio(before, after, shares / shares.sum(), torch.finfo(hidden.dtype).eps)
         result = after.to(hidden.dtype)
         if not bool(torch.isfinite(result).all()):
             raise InputError(
@@ -165,6 +164,15 @@ def can_encode(pipe: Any) -> bool:
 def forget(pipe: Any) -> None:
     """Drop all embeddings that are kept for a pipeline: needed after writes to the weights that leave no trace."""
     pipe.__dict__.pop(_CACHE, None)
+
+
+def _ratio(before: torch.Tensor, after: torch.Tensor, shares: torch.Tensor, eps: float) -> torch.Tensor:
+    """The mean before the weights over the mean after them.  1 where a mean is no larger than what rounding each number
+    may make of zero: a final norm without a bias leaves nothing else."""
+    means = [(z.mean((1, 2)) * shares).sum() for z in (before, after)]
+    sizes = [(z.abs().mean((1, 2)) * shares).sum() for z in (before, after)]
+    known = (means[0].abs() > eps * sizes[0]) & (means[1].abs() > eps * sizes[1])
+    return torch.where(known, means[0] / means[1], 1.0)
 
 
 @contextmanager
