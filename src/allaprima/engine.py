@@ -247,20 +247,32 @@ class Engine:
         return None
 
     def _look_again(self, same_structure: bool, scale: float) -> None:
+        same_layers = same_structure and self._weights is not None and self._weights.same_layers()
         if not same_structure:
             self._structure = StructureWatch(self.module)
+        if not same_layers:
+            self._sources.forget_layers()
+            self._weights = None
         self._sources.scale = scale
         self._refresh_sources()
-        self._weights = WeightsWatch(self.module)  # after parameters gave up their place to merged ones
-        if same_structure and self._weights.forms == self._forms:
+        self._watch_weights()  # after parameters gave up their place to merged ones
+        assert self._weights is not None
+        forms = self._weights.forms()
+        if same_structure and forms == self._forms:
             return
-        self._forms = self._weights.forms
+        self._forms = forms
         key, foreign = structure(self.module)
         self._storable = foreign is None and getattr(self.original, "__func__", None) is type(self.module).forward
         place = key, str(_placement(self.module)[0])
         if place != self._place:
             self._forget_all_but(place, self._place)
             self._place = place
+
+    def _watch_weights(self) -> None:
+        if self._weights is None:
+            self._weights = WeightsWatch(self.module)
+        else:
+            self._weights.look()
 
     def _refresh_sources(self) -> None:
         with torch.inference_mode(False), torch.no_grad():  # merged weights are written into buffers
@@ -429,7 +441,7 @@ class Engine:
             return
         started = time.perf_counter()
         rebuilt = runner.bind(self._sources)
-        self._weights = WeightsWatch(self.module)  # parameters may have moved
+        self._watch_weights()  # parameters may have moved
         seconds = time.perf_counter() - started
         if rebuilt:
             self.events.rebuilds += 1

@@ -249,22 +249,32 @@ class WeightsWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self._holders: list[dict[str, Any]] = [d for p in module.modules() for d in (p._parameters, p._buffers)]
+        self._tuners = TunersWatch(module)
+        self.look()
+
+    def look(self) -> None:
+        """Remember what is there now, in the same layers."""
         # The tensors themselves are kept, so that a new one can never stand at an old one's address.
         self._held = self._read()
-        tensors = [t for t in self._held if t is not None]
-        self._versioned = [t for t in tensors if not t.is_inference()]
-        self._tensors = tensors
-        self._state = self._look()
-        self._tuners = TunersWatch(module)
-        self.forms = [(t.shape, t.dtype, t.device) for t in tensors]
+        self._tensors = [t for t in self._held if t is not None]
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._state = self._numbers()
+        self._tuners.look()
 
     def _read(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._holders)))
 
-    def _look(self) -> tuple[list[int], list[int]]:
+    def _numbers(self) -> tuple[list[int], list[int]]:
         # `module.to(...)` keeps a parameter and its version, and gives it other storage.
         return [t._version for t in self._versioned], [t.data_ptr() for t in self._tensors]
 
+    def forms(self) -> list[Any]:
+        return [(t.shape, t.dtype, t.device) for t in self._tensors]
+
+    def same_layers(self) -> bool:
+        """Whether no adapter came and none went, in a module of the same structure."""
+        return self._tuners.same_adapters()
+
     def unchanged(self) -> bool:
         held = chain.from_iterable(map(dict.values, self._holders))
-        return _identical(held, self._held) and self._look() == self._state and self._tuners.unchanged()
+        return _identical(held, self._held) and self._numbers() == self._state and self._tuners.unchanged()

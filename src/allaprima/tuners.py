@@ -76,13 +76,17 @@ def _places(module: nn.Module) -> list[tuple[nn.Module, str, str, Any]]:
 
 
 class TunersWatch:
-    """Remembers which adapters are active, at what scale, and which are merged into their base."""
+    """Remembers which adapters there are, which are active, at what scale, and which are merged into their base."""
 
     def __init__(self, module: nn.Module) -> None:
         self._tuners = tuners(module)
-        self._state = self._look()
+        self._held = [held for tuner in self._tuners for held in _adapter_dictionaries(tuner)]
+        self.look()
 
-    def _look(self) -> tuple[list[Any], bytes]:
+    def look(self) -> None:
+        self._state, self._sizes = self._switches(), self._counted()
+
+    def _switches(self) -> tuple[list[Any], bytes]:
         switches, scales = [], []
         for tuner in self._tuners:
             held = tuner.__dict__
@@ -90,8 +94,15 @@ class TunersWatch:
             scales.extend(held.get("scaling", {}).values())
         return switches, _rounded(scales)
 
+    def _counted(self) -> list[int]:
+        return [len(held) for held in self._held]
+
+    def same_adapters(self) -> bool:
+        """Whether none came and none went."""
+        return self._counted() == self._sizes
+
     def unchanged(self) -> bool:
-        return not self._tuners or self._look() == self._state
+        return not self._tuners or (self.same_adapters() and self._switches() == self._state)
 
 
 def active(tuner: Any) -> tuple[str, ...]:
@@ -124,10 +135,9 @@ def unmerge_what_is_off(tuner: Any) -> None:
 def in_force(tuner: Any) -> list[str]:
     """The adapters that change what the base computes: active ones that this layer has, unless they are off, or in the
     base already."""
-    if tuner.disable_adapters or tuner.merged:
+    if tuner._disable_adapters or tuner.merged_adapters:
         return []
-    held = tuner._get_available_adapters()
-    return [name for name in active(tuner) if name in held]
+    return [name for name in active(tuner) if any(True for _ in _own_tensors(tuner, name))]
 
 
 def state(tuner: Any, scale: float) -> tuple[Any, ...] | None:
@@ -135,17 +145,25 @@ def state(tuner: Any, scale: float) -> tuple[Any, ...] | None:
     found = in_force(tuner)
     if not found:
         return None
-    own = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _own_tensors(tuner)]
+    own = [(t.data_ptr(), 0 if t.is_inference() else t._version) for n in found for t in _own_tensors(tuner, n)]
     scaling = tuner.__dict__.get("scaling", {})
     return (*found, _rounded([scaling.get(name, 1.0) for name in found] + [scale]), *own)
 
 
-def _own_tensors(tuner: Any) -> Iterator[torch.Tensor]:
-    for key, part in tuner._modules.items():
-        if key != "base_layer" and part is not None:
+def _own_tensors(tuner: Any, name: str) -> Iterator[torch.Tensor]:
+    for held in _adapter_dictionaries(tuner):
+        part = held.get(name)
+        if isinstance(part, torch.Tensor):
+            yield part
+        elif part is not None:
             yield from part.parameters()
-            yield from part.buffers()
-    yield from (p for p in tuner._parameters.values() if p is not None)
+
+
+def _adapter_dictionaries(tuner: Any) -> Iterator[dict[str, Any]]:
+    """Parameters, or modules that hold them, by the name of their adapter."""
+    for key in tuner.adapter_layer_names:
+        if (part := tuner._modules.get(key)) is not None:
+            yield part._modules if isinstance(part, nn.ModuleDict) else part._parameters
 
 
 def merged(tuner: Any, scale: float) -> dict[str, torch.Tensor]:

@@ -40,6 +40,8 @@ class Sources:
         self._homes: dict[str, torch.Tensor] = {}
         self._passing: set[str] = set()
         self._adapted: set[str] = set()
+        self._slots: list[tuple[str, Mapping[str, Any]]] = []
+        self._tuners: dict[str, Any] = {}
         self.scale = 1.0
         self.unmergeable: str | None = None
 
@@ -47,12 +49,15 @@ class Sources:
         """Read the module again.  returns the names whose tensor, version or adapters are new."""
         changed = set()
         before, self.tensors, self.unmergeable = self.tensors, {}, None
-        parameters, tuners = self._read()
+        parameters = self._read()
+        for tuner in self._tuners.values():
+            unmerge_what_is_off(tuner)
+        states = {path: state(tuner, self.scale) for path, tuner in self._tuners.items()}
+        made: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in parameters.items():
             path, _, key = name.rpartition(".")
-            tuner = tuners.get(path)
             # `module.to(...)` keeps the Parameter and its version, and gives it other storage.
-            now = (*_state(tensor), state(tuner, self.scale) if tuner is not None else None)
+            now = (*_state(tensor), states.get(path))
             seen = self._seen.get(name)
             if seen is not None and seen[0] is tensor and seen[1] == now:
                 self.tensors[name] = before[name] if name in self._adapted else tensor.detach()
@@ -63,26 +68,35 @@ class Sources:
             self._adapted.discard(name)
             if not _fits(self._homes.get(name, tensor), [tensor]):
                 del self._homes[name]  # the module has another dtype or device now; the old place may go
-            value = self._with_adapters(tuner, key) if now[-1] is not None else None
+            if now[-1] is not None and path not in made:
+                made[path] = self._merged(self._tuners[path])
+            value = made.get(path, {}).pop(key, None)
             self.tensors[name] = tensor.detach() if value is None else self._beside(name, tensor, value)
             self._seen[name] = (tensor, (*_state(tensor), now[-1]))
         return changed
 
-    def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Parameters and buffers by their names without adapters, and the layers that hold adapters."""
-        with peeled(self._module) as tuners:
-            for tuner in tuners.values():
-                unmerge_what_is_off(tuner)
-            named = (self._module.named_parameters, self._module.named_buffers)
-            return dict(pair for read in named for pair in read(remove_duplicate=False)), tuners
+    def forget_layers(self) -> None:
+        """Look for the module's layers again: some came or went."""
+        self._slots = []
 
-    def _with_adapters(self, tuner: Any, key: str) -> torch.Tensor | None:
-        """A parameter as its adapters change it; None where they do not."""
+    def _read(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by their names without adapters."""
+        if not self._slots:
+            with peeled(self._module) as self._tuners:
+                parts = list(self._module.named_modules(remove_duplicate=False))
+            held = [(path, part._parameters) for path, part in parts] + [(path, part._buffers) for path, part in parts]
+            self._slots = [(f"{path}." if path else "", tensors) for path, tensors in held]
+        return {
+            prefix + key: tensor for prefix, held in self._slots for key, tensor in held.items() if tensor is not None
+        }
+
+    def _merged(self, tuner: Any) -> dict[str, torch.Tensor]:
+        """A layer's parameters as its adapters change them."""
         try:
-            return merged(tuner, self.scale).get(key)
+            return merged(tuner, self.scale)
         except ValueError as error:
             self.unmergeable = str(error)
-            return None
+            return {}
 
     def _beside(self, name: str, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Where the program reads a parameter with adapters: the parameter itself goes on holding the base."""
@@ -151,7 +165,8 @@ class Sources:
     def release(self) -> None:
         """Give every adopted parameter memory of its own again, in the common order."""
         self.tensors = {}  # or it would keep the slabs
-        for name, parameter in self._read()[0].items():
+        self.forget_layers()
+        for name, parameter in self._read().items():
             home = self._homes.get(name)
             if home is not None and parameter.data_ptr() == home.data_ptr():
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
@@ -161,6 +176,7 @@ class Sources:
     def forget(self) -> None:
         """Take every tensor for changed at the next look (writes through `.data` leave no trace)."""
         self._seen.clear()
+        self.forget_layers()
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
@@ -217,13 +233,12 @@ class Binding:
         Folds come last: some are nothing but views of parameters.
         """
         groups = {name: parts for name in sorted(stale) if (parts := self._arrangements[name])}
-        forms = self._forms(list(groups), owner.tensors)
-        for name in self._unarranged(owner):
-            if name in changed:
-                groups[name], forms[name] = [name], _form(owner.tensors[name])
+        groups |= {name: [name] for name in self._unarranged(changed, owner)}
+        settled = {name for name, parts in groups.items() if self._in_its_buffer(name, parts, owner)}
+        forms = self._forms([name for name in groups if name not in settled], owner.tensors)
         homeless = []
         for name, parts in groups.items():
-            place = self._place(name, parts, forms[name], owner)
+            place = self._buffers[name] if name in settled else self._place(parts, forms[name], owner)
             if place is None:
                 tensors = [owner.tensors[part] for part in parts]
                 move = partial(self._move_in, name, parts, forms[name], owner)
@@ -234,26 +249,35 @@ class Binding:
         gather(homeless)
         self._fold(sorted(stale - groups.keys()), owner.tensors)
 
-    def _unarranged(self, owner: Sources) -> list[str]:
-        """The movable parameters that are part of no arrangement, whether or not the program reads them: where they
-        lie now, they would keep segments."""
-        arranged = {owner.tensors[part].data_ptr() for parts in self._arrangements.values() for part in parts or ()}
-        return [name for name in owner.movable() if owner.tensors[name].data_ptr() not in arranged]
+    def _unarranged(self, changed: set[str], owner: Sources) -> list[str]:
+        """The changed movable parameters that are part of no arrangement, whether or not the program reads them: where
+        they lie now, they would keep segments."""
+        parts = {part for parts in self._arrangements.values() for part in parts or ()}
+        known = [name for name in changed if name in self._buffers and name not in self._arrangements]
+        rest = changed - parts - set(known)
+        if not rest:
+            return sorted(known)
+        arranged = {owner.tensors[part].data_ptr() for part in parts}
+        movable = (name for name in owner.movable() if owner.tensors[name].data_ptr() not in arranged)
+        return sorted(known) + [name for name in movable if name in rest]
 
     def _forms(self, names: list[str], sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Shapes, strides and dtypes of arrangements, as tensors without memory."""
-        if not names:
-            return {}
-        assert self._stage is not None
-        parts = {part for name in names for part in self._arrangements[name] or ()}
-        return _evaluate(self._stage, names, {part: _form(sources[part]) for part in parts})
+        forms = {name: _form(sources[name]) for name in names if name not in self._arrangements}
+        if arranged := [name for name in names if name in self._arrangements]:
+            assert self._stage is not None
+            parts = {part for name in arranged for part in self._arrangements[name] or ()}
+            forms |= _evaluate(self._stage, arranged, {part: _form(sources[part]) for part in parts})
+        return forms
 
-    def _place(self, name: str, parts: list[str], form: torch.Tensor, owner: Sources) -> torch.Tensor | None:
-        """Where parameters have their place already: by an earlier look, or because another program arranged them."""
-        tensors = [owner.tensors[part] for part in parts]
+    def _in_its_buffer(self, name: str, parts: list[str], owner: Sources) -> bool:
+        """Whether parameters had their place here before, and fit there still."""
         buffer = self._buffers.get(name)
-        if buffer is not None and _fits(buffer, tensors):
-            return buffer
+        return buffer is not None and _fits(buffer, [owner.tensors[part] for part in parts])
+
+    def _place(self, parts: list[str], form: torch.Tensor, owner: Sources) -> torch.Tensor | None:
+        """Where parameters have their place already because another program arranged them."""
+        tensors = [owner.tensors[part] for part in parts]
         if len(parts) > 1:
             return _standing(tensors)
         return tensors[0] if owner.at_home(parts[0]) and tensors[0].stride() == form.stride() else None
