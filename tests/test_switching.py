@@ -20,10 +20,11 @@ from torch import nn
 import allaprima as ap
 from allaprima.errors import CheckpointError, ConfigError, UnknownModelError
 from allaprima.pipelines import as_task, eager, engines
+from allaprima.pipelines import state as of
 from allaprima.weights import writing
 from allaprima.weights.pool import Pool
 from tests.ldm import save_ldm
-from tests.tiny import tiny_pipeline, tiny_unet
+from tests.tiny import tiny_alt_pipeline, tiny_pipeline, tiny_unet
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -303,6 +304,36 @@ def test_bert_for_clip_and_back() -> None:
     assert type(pipe.text_encoder).__name__ == "BertModel"
     assert pipe.tokenizer("苹果").input_ids == ap.load("emoji-zh", dtype="float32").tokenizer("苹果").input_ids
     assert_holds(ap.switch(pipe, "emoji"), before)
+
+
+def test_alt_diffusion(tmp_path: Path) -> None:
+    """As published: the pipeline and the encoder are of classes that diffusers reads no more."""
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        tiny_alt_pipeline(seed).save_pretrained(folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {"_class_name": "AltDiffusionPipeline"}
+        index["text_encoder"] = ["alt_diffusion", "RobertaSeriesModelWithTransformation"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    pipe = ap.load(tmp_path / "0", dtype="float32", device="cpu")
+    assert_holds(pipe, state(tiny_alt_pipeline(0)))
+    places = addresses(pipe)
+    assert_holds(ap.switch(pipe, tmp_path / "1"), state(tiny_alt_pipeline(1)))
+    assert addresses(pipe) == places
+
+
+def test_nothing_piles_up(home: Path, optimized: Any) -> None:
+    def living() -> tuple[int, int]:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()), len(of(optimized).undo)
+
+    counts = []
+    for _ in range(3):
+        for source in ("two", "one"):
+            ap.switch(optimized, home / source)
+            optimized.check_inputs("a", 64, 64, 1)
+        counts.append(living())
+    assert counts[1] == counts[2]
 
 
 def test_another_kind_of_pipeline_is_another_object(home: Path, tmp_path: Path) -> None:

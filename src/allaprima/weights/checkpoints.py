@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..alt_diffusion import CLASSES as ALT_PIPELINES
+from ..alt_diffusion import load_alt_diffusion
 from ..errors import CheckpointError, ConfigError, UnknownModelError
 from ..models import EMBEDDED, load_embedded
 from ..notices import quiet_import
@@ -181,7 +183,7 @@ def _open(source: str, dtype: torch.dtype) -> StableDiffusionPipeline:
 
 
 def _folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    model_index(path)
+    kind = model_index(path).get("_class_name")
     files = sorted(path.glob("*/*.safetensors"))
     if not files:
         raise CheckpointError(
@@ -189,8 +191,10 @@ def _folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
         )
     for file in files:
         check_safetensors(file)
+    if kind in ALT_PIPELINES:
+        return load_alt_diffusion(path, dtype, "fp16" if _only_half(files) else None)
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "safety_checker": None}
-    if all(".fp16." in file.name for file in files):
+    if _only_half(files):
         options["variant"] = "fp16"
     try:
         with warnings.catch_warnings():
@@ -200,3 +204,7 @@ def _folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
             )
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {str(error)[:500]}") from error
+
+
+def _only_half(files: list[Path]) -> bool:
+    return all(".fp16." in file.name for file in files)

@@ -22,6 +22,8 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import nn
 
+from ..alt_diffusion import CLASSES as ALT_PIPELINES
+from ..alt_diffusion import AltTextEncoder
 from ..errors import CheckpointError
 from ..models import EMBEDDED, component_paths
 from ..notices import quiet_import
@@ -58,6 +60,7 @@ OF_NO_EFFECT = {
     "special_tokens_map_file",
     "transformers_version",
 }
+ALT_ENCODERS = ("AltTextEncoder", "RobertaSeriesModelWithTransformation")
 OPTIONAL = re.compile(r"^pooler\.")
 """BERT's pooler: no pipeline reads it, and many files lack it."""
 
@@ -121,9 +124,10 @@ def of_embedded(name: str) -> Checkpoint:
 def of_folder(path: Path) -> Checkpoint:
     """A folder in diffusers' layout.  raises CheckpointError"""
     entries = model_index(path)
-    pipeline = getattr(diffusers, str(entries.get("_class_name")), None)
+    name = str(entries.get("_class_name"))
+    pipeline = diffusers.StableDiffusionPipeline if name in ALT_PIPELINES else getattr(diffusers, name, None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
-        raise CheckpointError(f"{path} is for a {entries.get('_class_name')!r}, which diffusers does not know.")
+        raise CheckpointError(f"{path} is for a {name!r}, which diffusers does not know.")
     modules: dict[str, Component] = {}
     others: dict[str, tuple[Identity, Callable[[], Any]]] = {}
     for name, entry in entries.items():
@@ -161,7 +165,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def class_of(path: Path, library: Any, name: Any) -> type[Any]:
-    """Classes of the two libraries alone: a folder must not name code of its own."""
+    """Classes of the two libraries and ours alone: a folder must not name code of its own."""
+    if name in ALT_ENCODERS:
+        return AltTextEncoder
     home: Any = importlib.import_module(library) if library in ("diffusers", "transformers") else None
     if home is None:
         home = getattr(diffusers.pipelines, str(library), None)
