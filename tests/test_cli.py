@@ -212,19 +212,22 @@ def test_a_model_that_cannot_be_loaded_is_explained(here: Path, arguments: tuple
 def test_loras_are_drawn_with_and_written_down(checkpoint: str, here: Path, optimizer: str) -> None:
     rank, name = 2, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_v"
     numbers = torch.Generator().manual_seed(0)
-    sides = {"lora_A": torch.randn(rank, 64, generator=numbers), "lora_B": torch.randn(64, rank, generator=numbers)}
+    sides = {
+        "lora_A": torch.randn(rank, 64, generator=numbers),
+        "lora_B": 64 * torch.randn(64, rank, generator=numbers),
+    }
     tensors = {f"{name}.{side}.weight": value for side, value in sides.items()}
     (here / "my").mkdir()
     save_file(tensors, "ink.safetensors")
     save_file(tensors | {"stray": torch.ones(1)}, "my/水墨.v2.safetensors")
     options = ("--model", checkpoint, *FAST)
     run("generate", "a", *options, "--no-optimize", "-o", "plain.png")
-    run("generate", "a", *options, "--no-optimize", "-o", "ink.png", "--lora", "ink.safetensors:0.5")
+    run("generate", "a", *options, optimizer, "-o", "ink.png", "--lora", "ink.safetensors:0.5")
     two = ("--lora", "ink.safetensors:1.5", "--lora", "水墨.v2:-1", "--lora-dir", "my")
     told = run("generate", "a", *options, optimizer, "-o", "two.png", *two)
     plain, ink, drawn = (np.asarray(Image.open(f"{name}.png")).astype(int) for name in ("plain", "ink", "two"))
-    assert abs(plain - ink).max() > 4
-    assert abs(ink - drawn).mean() < abs(plain - ink).mean() / 4, "1.5 and -1 of the same factors are 0.5"
+    assert abs(plain - ink).mean() > 4
+    assert abs(ink - drawn).mean() < 1, "1.5 and -1 of the same factors are 0.5"
     assert "stray" in told
     info = read_png(here / "two.png")
     assert info

@@ -322,7 +322,6 @@ def _load(
     lora_dir: Path | None = None,
 ) -> Any:
     quiet_libraries()  # before what follows imports them
-    from .merging import loras
     from .pipelines import load, optimize, set_scheduler
 
     with _err().status(f"Loading {_escaped(model)} …"):
@@ -331,6 +330,8 @@ def _load(
         if scheduler:
             set_scheduler(pipe, scheduler)
         if tags:
+            from .merging import loras
+
             loras(pipe, {name: {"text_encoder": te, "unet": unet} for name, te, unet in tags}, lora_dir=lora_dir)
         return optimize(pipe) if optimized else pipe
 
