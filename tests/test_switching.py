@@ -21,10 +21,18 @@ import allaprima as ap
 from allaprima.errors import CheckpointError, ConfigError, UnknownModelError
 from allaprima.pipelines import as_task, eager, engines
 from allaprima.pipelines import state as of
+from allaprima.weights import pool as pools
 from allaprima.weights import writing
 from allaprima.weights.pool import Pool
 from tests.ldm import save_ldm
-from tests.tiny import tiny_alt_pipeline, tiny_pipeline, tiny_unet
+from tests.tiny import (
+    tiny_alt_pipeline,
+    tiny_controlnet_pipeline,
+    tiny_pipeline,
+    tiny_sd3_pipeline,
+    tiny_unet,
+    tiny_xl_pipeline,
+)
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -322,6 +330,43 @@ def test_alt_diffusion(tmp_path: Path) -> None:
     assert addresses(pipe) == places
 
 
+def test_sdxl_and_back(home: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tiny_xl_pipeline(seed).save_pretrained(tmp_path / str(seed))
+    pipe = ap.load(home / "one", dtype="float32", device="cpu")
+    large = ap.switch(pipe, tmp_path / "0")
+    assert type(large).__name__ == "StableDiffusionXLPipeline"
+    assert pipe.unet is None
+    places = addresses(large)
+    assert ap.switch(large, tmp_path / "1") is large
+    assert_holds(large, state(tiny_xl_pipeline(1)))
+    assert torch.equal(next(large.text_encoder_2.parameters()), next(tiny_xl_pipeline(1).text_encoder_2.parameters()))
+    assert addresses(large) == places
+    small = ap.switch(large, home / "one")
+    assert type(small) is type(pipe)
+    assert_holds(small, state(tiny_pipeline(0)))
+
+
+def test_a_transformer_in_place(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tiny_sd3_pipeline(seed).save_pretrained(tmp_path / str(seed))
+    pipe = ap.load(tmp_path / "0", dtype="float32", device="cpu")
+    assert ap.switch(pipe, tmp_path / "1") is pipe
+    expected = tiny_sd3_pipeline(1).transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.transformer.state_dict().items())
+
+
+def test_a_controlnet_stays_or_is_in_the_way(home: Path, tmp_path: Path) -> None:
+    pipe = tiny_controlnet_pipeline()
+    net = pipe.controlnet
+    assert ap.switch(pipe, home / "two").controlnet is net
+    assert_holds(pipe, state(tiny_pipeline(1)))
+    tiny_xl_pipeline(0).save_pretrained(tmp_path / "xl")
+    with pytest.raises(CheckpointError, match="no place for this pipeline's controlnet"):
+        ap.switch(pipe, tmp_path / "xl")
+    assert_holds(pipe, state(tiny_pipeline(1)))
+
+
 def test_nothing_piles_up(home: Path, optimized: Any) -> None:
     def living() -> tuple[int, int]:
         gc.collect()
@@ -460,6 +505,16 @@ def test_shared_parts_are_held_once() -> None:
     pool.close()
 
 
+def test_slabs_hold_the_same_and_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "SLAB_BYTES", 1024)
+    shapes = [(), (3,), (0, 4), (7, 5, 3), (1000,), (2, 2), (500,)]
+    tensors = {f"{s} {d}": torch.randn(s).to(d) for s in shapes for d in (torch.float32, torch.float16)}
+    held = pools.in_slabs(tensors, pinned=False)
+    assert all(torch.equal(held[name], tensor) and held[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held.values() if t.numel()}
+    assert sum(storages.values()) < sum(t.nbytes for t in tensors.values()) + len(storages) * 1024
+
+
 # ---- through pinned memory
 
 
@@ -468,10 +523,12 @@ def test_staged_writes_are_plain_writes(stage_bytes: int) -> None:
     """The way to a GPU, on the CPU: pieces, casts, layouts."""
     shapes = [(3,), (), (64, 3, 3, 3), (7, 5), (1, 40), (0, 4), (300, 2)]
     values = [torch.randn(shape, dtype=dtype) for shape in shapes for dtype in (torch.float32, torch.float16)]
-    living = [torch.zeros(v.shape, dtype=torch.float16) for v in values]
-    living[4] = living[4].contiguous(memory_format=torch.channels_last)
-    places = [t.data_ptr() for t in living]
-    writing.through_pinned(list(zip(living, values, strict=True)), torch.device("cpu"), stage_bytes)
+    living = [nn.Parameter(torch.zeros(v.shape, dtype=torch.float16)) for v in values]
+    living[4] = nn.Parameter(living[4].detach().contiguous(memory_format=torch.channels_last))
+    places, versions = [t.data_ptr() for t in living], [t._version for t in living]
+    with torch.no_grad():
+        writing.through_pinned(list(zip(living, values, strict=True)), torch.device("cpu"), stage_bytes)
+    assert all(t._version > version for t, version in zip(living, versions, strict=True))
     assert all(torch.equal(t, v.half()) for t, v in zip(living, values, strict=True))
     assert [t.data_ptr() for t in living] == places
 

@@ -18,7 +18,7 @@ from allaprima.weights import single_file
 from allaprima.weights.contents import Component, empty, fitted, named_tensors
 from allaprima.weights.single_file import V_STATISTIC, of_single_file
 from tests.ldm import ldm_tensors, open_clip_tensors, save_ldm
-from tests.tiny import tiny_pipeline, tiny_vae
+from tests.tiny import tiny_pipeline, tiny_vae, tiny_xl_pipeline
 
 CLIP = "cond_stage_model.transformer.text_model."
 
@@ -155,6 +155,20 @@ def test_an_encoder_in_open_clips_layout(folder: Path, tmp_path: Path) -> None:
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
     assert equal(ap.load(path, dtype="float32", config=folder).text_encoder, pipe.text_encoder)
     assert open_clip_tensors(pipe.text_encoder, "").keys() >= {"ln_final.weight", "positional_embedding"}
+
+
+def test_both_encoders_of_sdxl(tmp_path: Path) -> None:
+    pipe = tiny_xl_pipeline()
+    pipe.save_pretrained(tmp_path / "xl")
+    tensors = ldm_tensors(
+        pipe.unet, pipe.vae, pipe.text_encoder, open_clip="conditioner.embedders.1.model.",
+        text_encoder_2=pipe.text_encoder_2,
+    )  # fmt: skip
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, tmp_path / "xl.safetensors")
+    loaded = ap.load(tmp_path / "xl.safetensors", dtype="float32", config=tmp_path / "xl")
+    assert type(loaded) is type(pipe)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        assert equal(getattr(loaded, name), getattr(pipe, name)), name
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

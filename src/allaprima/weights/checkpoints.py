@@ -183,7 +183,7 @@ def _open(source: str, dtype: torch.dtype) -> StableDiffusionPipeline:
 
 
 def _folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    kind = model_index(path).get("_class_name")
+    index = model_index(path)
     files = sorted(path.glob("*/*.safetensors"))
     if not files:
         raise CheckpointError(
@@ -191,9 +191,11 @@ def _folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
         )
     for file in files:
         check_safetensors(file)
-    if kind in ALT_PIPELINES:
+    if index.get("_class_name") in ALT_PIPELINES:
         return load_alt_diffusion(path, dtype, "fp16" if _only_half(files) else None)
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "safety_checker": None}
+    # Parts that were left out on purpose, as SD 3's third encoder: diffusers wants to be told once more.
+    options |= {name: None for name, entry in index.items() if isinstance(entry, list) and entry[:1] == [None]}
     if _only_half(files):
         options["variant"] = "fp16"
     try:

@@ -18,6 +18,7 @@ from .contents import Checkpoint, Component, Identity, Tensors, is_fresh
 from .writing import is_from, remember_tokenizer
 
 MOST_KNOWN = 16
+SLAB_BYTES = 64 << 20
 
 
 class Pool:
@@ -107,7 +108,7 @@ class Pool:
         if size > self.max_bytes:
             return
         self._make_room(size)
-        tensors = {name: self._copy(tensor) for name, tensor in mapped.items()}
+        tensors = in_slabs(mapped) if self._pinned else {name: tensor.clone() for name, tensor in mapped.items()}
         with self._lock:
             self._held[part.identity] = tensors
 
@@ -115,10 +116,6 @@ class Pool:
         with self._lock:
             while self._held and self._bytes() + size > self.max_bytes:
                 self._held.popitem(last=False)
-
-    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
-        return place.copy_(tensor)
 
     def _from_memory(self, part: Component) -> Component:
         with self._lock:
@@ -129,7 +126,23 @@ class Pool:
         return replace(part, read=_giver(tensors))
 
     def _bytes(self) -> int:
-        return sum(tensor.nbytes for tensors in self._held.values() for tensor in tensors.values())
+        held = (tensor.untyped_storage() for tensors in self._held.values() for tensor in tensors.values())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+
+def in_slabs(tensors: Tensors, *, pinned: bool = True) -> Tensors:
+    """Copies of tensors in slabs.  torch gives page-locked memory in powers of two, and keeps what is given back for
+    the next of that size: slabs of one such size waste little, and serve every checkpoint in turn."""
+    found: dict[str, torch.Tensor] = {}
+    slab, used = torch.empty(0, dtype=torch.uint8), 0
+    for name, tensor in tensors.items():
+        if used + tensor.nbytes > slab.nbytes:
+            slab = torch.empty(max(SLAB_BYTES, tensor.nbytes), dtype=torch.uint8, pin_memory=pinned)
+            used = 0
+        place = slab[used : used + tensor.nbytes]
+        found[name] = place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        used += -(-tensor.nbytes // 64) * 64
+    return found
 
 
 def _giver(tensors: Tensors) -> Callable[[], Tensors]:
