@@ -37,7 +37,7 @@ ORDER = (
     ("record",),
     ("graph",),
     ("ops",),
-    ("fingerprint", "alt_diffusion"),
+    ("fingerprint", "alt_diffusion", "ip_adapter"),
     (
         "environment",
         "infotext",

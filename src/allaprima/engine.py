@@ -261,7 +261,8 @@ class Engine:
         if same_structure and forms == self._forms:
             return
         self._forms = forms
-        key, foreign = structure(self.module)
+        with self.profile.capturing(self.module):  # what the call brings is no part of it
+            key, foreign = structure(self.module)
         self._storable = foreign is None and getattr(self.original, "__func__", None) is type(self.module).forward
         place = key, str(_placement(self.module)[0])
         if place != self._place:

@@ -31,7 +31,7 @@ _BOOKKEEPING = {
 }  # fmt: skip
 """Entries of configurations that say where a model came from; the parameters' dtypes are part of the key anyway."""
 _IGNORED = _MODULE_STATE | {"forward", "_output_capturing_hooks_installed", "_hf_hook", "_old_forward"} | BOOKKEEPING
-_VERSIONED = {"torch", "diffusers", "transformers", *sys.stdlib_module_names} - {"__main__"}
+_VERSIONED = {"allaprima", "torch", "diffusers", "transformers", *sys.stdlib_module_names} - {"__main__"}
 """Packages whose code is known by their version, which is part of a record's name."""
 _DEEP = 4
 

@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -234,7 +234,7 @@ def _components(pipe: Any, optimized: Optimized) -> Iterator[tuple[str, nn.Modul
         "text_encoder_2": lambda: profiles.text_encoder("text_encoder_2"),
         "text_encoder_3": lambda: profiles.text_encoder("text_encoder_3"),
         "image_encoder": profiles.image_encoder,
-        "unet": lambda: profiles.unet(schedules),
+        "unet": lambda: profiles.unet(schedules, pipe.unet),
         "transformer": profiles.transformer,
     }
     for name, profile in profile_of.items():
@@ -323,6 +323,7 @@ def _checked(pipe: Any, optimized: Optimized, original: Callable[..., Any], *arg
         _check_scheduler(pipe)
     if "unet" in optimized.engines and "set_timesteps" not in pipe.scheduler.__dict__:  # it may have been exchanged
         _wrap(pipe.scheduler, "set_timesteps", _on_the_host, optimized)
+    _check_pictures(pipe, inspect.signature(original).parameters, given)
     for axis in ("height", "width"):
         size = given.get(axis)
         if size is not None and (not isinstance(size, Integral) or size % 8 or size < 0):  # 0 means the default
@@ -343,6 +344,17 @@ def _check_scheduler(pipe: Any) -> None:
         raise SchedulerError(
             f"{type(pipe.scheduler).__name__} does not fit {type(pipe).__name__}: it has no {', '.join(missing)}. "
             f"Fitting ones: {', '.join(SCHEDULERS)} (allaprima.pipelines.set_scheduler)."
+        )
+
+
+def _check_pictures(pipe: Any, parameters: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    unet = getattr(pipe, "unet", None)
+    adapted = unet is not None and getattr(unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+    names = ("ip_adapter_image", "ip_adapter_image_embeds")
+    if adapted and names[0] in parameters and all(given.get(name) is None for name in names):
+        raise InputError(
+            "the pipeline carries an IP-Adapter and got no picture for it. Give ip_adapter_image or "
+            "ip_adapter_image_embeds, or take the adapter out with pipe.unload_ip_adapter()."
         )
 
 

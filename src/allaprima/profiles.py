@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from .capture import DimRule, DynamicDim, dim_rules
 from .engine import Profile
 from .errors import InputError
+from .ip_adapter import TABLE, StrengthTable, strengths_from_the_call
 from .stage import Time
 
 BATCH = DynamicDim(2, "batch", 1, 63)
@@ -37,15 +39,18 @@ class _Times(dict[str, Time]):
 DENOISER_TIMES = _Times({"timestep": Time.SCHEDULE} | dict.fromkeys(_CONDITIONS, Time.PROMPT))
 
 
-def unet(schedules: Callable[[], Sequence[torch.Tensor]]) -> Profile:
-    """A conditional UNet of diffusers: sample `[B, C, H, W]`, timestep `[]` or `[B]`, embeddings `[B, S, D]`."""
+def unet(schedules: Callable[[], Sequence[torch.Tensor]], module: nn.Module | None = None) -> Profile:
+    """A conditional UNet of diffusers: sample `[B, C, H, W]`, timestep `[]` or `[B]`, embeddings `[B, S, D]`.
+
+    module  the UNet, for the strengths of its IP-Adapters
+    """
     return Profile(
         name="unet",
         times=DENOISER_TIMES,
         dims=_unet_dims,
-        normalise=_normalise_unet,
+        normalise=_normalise_unet if module is None else functools.partial(_normalise_adapted, StrengthTable(module)),
         options="cross_attention_kwargs",
-        capturing=_target_sizes_always,
+        capturing=_as_captured,
         schedules=schedules,
         timestep="timestep",
     )
@@ -94,8 +99,10 @@ def _unet_dims(tensors: Sequence[torch.Tensor]) -> list[DimRule]:
         found = {0: BATCH} if tensor.dim() > 0 else {}
         if group == "encoder_hidden_states":
             found[1] = DynamicDim(77)
+        elif name == f"added_cond_kwargs.{TABLE}":
+            return {}
         elif name.startswith("added_cond_kwargs.image_embeds"):
-            found[1] = DynamicDim(3)  # pictures that an IP-Adapter sees
+            found[1] = DynamicDim(3, name.replace(".", "_"), 1, 64)  # pictures that an IP-Adapter sees
         elif group == "sample" and tensor.dim() == 4:
             found |= {2: DynamicDim(HEIGHT), 3: DynamicDim(WIDTH)}
         elif group == "controlnet_cond":
@@ -167,6 +174,10 @@ def _normalise_unet(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[st
     return args, kwargs
 
 
+def _normalise_adapted(table: StrengthTable, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return _normalise_unet(*args, **table.added_to(kwargs))
+
+
 def _normalise_controlnet(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The strength as a tensor as well: users change it between two pictures, and pipelines between two steps."""
     args, kwargs = _normalise_unet(*args, **kwargs)
@@ -184,6 +195,12 @@ def _float_timestep(timestep: Any, device: torch.device) -> torch.Tensor:
     if isinstance(timestep, torch.Tensor):
         return timestep.to(device=device, dtype=torch.float32)
     return torch.tensor(float(timestep), device=device)
+
+
+@contextmanager
+def _as_captured(module: nn.Module) -> Iterator[None]:
+    with _target_sizes_always(module), strengths_from_the_call(module):
+        yield
 
 
 @contextmanager

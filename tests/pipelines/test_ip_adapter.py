@@ -9,12 +9,15 @@ import pytest
 
 import allaprima as ap
 from allaprima.config import Config
-from allaprima.pipelines import engines
+from allaprima.errors import InputError
+from allaprima.pipelines import eager, engines
 from allaprima.stage import Time
 from tests.pipelines.comparing import (
     MORE_SIZES,
+    TOLERANCE,
     captures,
     difference,
+    draw,
     no_fallbacks,
     picture,
     same_as_eager,
@@ -56,15 +59,40 @@ def test_its_keys_and_values_are_computed_once_a_prompt(pipe: Any) -> None:
 
 def test_its_strength_is_noticed(pipe: Any) -> None:
     first = same_as_eager(pipe, **shown(64, 64))
-    pictures = [first]
-    for scale in (0.5, 0.0, {"up": 0.7}):
+    pictures, before = [first], captures(pipe)
+    for scale in (0.5, -0.3, {"down": 0.4, "mid": 1.0, "up": 0.7}):
         pipe.set_ip_adapter_scale(scale)
         pictures.append(same_as_eager(pipe, **shown(64, 64)))
+    assert captures(pipe) == before
+    pipe.set_ip_adapter_scale(0.0)
+    pictures.append(same_as_eager(pipe, **shown(64, 64)))
     pipe.set_ip_adapter_scale(1.0)
     assert difference(first, same_as_eager(pipe, **shown(64, 64))) == 0
+    assert captures(pipe) == before + 1, "a strength of zero leaves the adapter out"
     pairs = [(a, b) for i, a in enumerate(pictures) for b in pictures[:i]]
     assert min(difference(a, b) for a, b in pairs) > 1e-3
     no_fallbacks(pipe)
+
+
+def test_its_strength_changes_between_two_steps(pipe: Any) -> None:
+    def weaker(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe.set_ip_adapter_scale(0.8 - 0.2 * step)
+        return {}
+
+    changing = shown(64, 64) | {"callback_on_step_end": weaker, "num_inference_steps": 4}
+    pipe.set_ip_adapter_scale(1.0)
+    first = draw(pipe, **changing)
+    pipe.set_ip_adapter_scale(1.0)
+    with eager(pipe):
+        assert difference(first, draw(pipe, **changing)) < TOLERANCE
+    pipe.set_ip_adapter_scale(1.0)
+    assert difference(first, draw(pipe, **changing | {"callback_on_step_end": None})) > 1e-3
+
+
+def test_without_a_picture(pipe: Any) -> None:
+    with pytest.raises(InputError, match="unload_ip_adapter"):
+        draw(pipe, **size(64, 64))
+    same_as_eager(pipe, **shown(64, 64))
 
 
 def test_two_adapters(cache: Path) -> None:
