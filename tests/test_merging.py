@@ -20,7 +20,7 @@ from allaprima.config import Config
 from allaprima.errors import AdapterError, CheckpointError
 from allaprima.merging import reapply
 from allaprima.models import LORAS
-from allaprima.pipelines import as_task
+from allaprima.pipelines import as_task, eager
 from allaprima.verification.metrics import psnr
 from allaprima.weights import lora_files
 from allaprima.weights.deltas import LowRank
@@ -540,6 +540,24 @@ def test_beside_an_adapter_of_diffusers(two: tuple[Path, Path], tmp_path: Path) 
     pipe.unload_lora_weights()
     ap.loras(pipe, {})
     assert digest(pipe) == digest(tiny_pipeline())
+
+
+@pytest.mark.filterwarnings("ignore:No LoRA keys")
+def test_an_optimized_pipeline_with_adapters_of_both_kinds(
+    optimized: Any, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    peft_file(tiny_pipeline(), tmp_path, ["to_q", "to_k"])
+    name = str(two[0])
+    quick(optimized)
+    captures = ap.explain(optimized).captures
+    optimized.load_lora_weights(tmp_path, adapter_name="theirs")
+    for weight in (0.7, -0.2):
+        ap.loras(optimized, {name: weight})
+        ours = quick(optimized)
+        with eager(optimized):
+            assert difference(ours, quick(optimized)) < 2e-4
+    assert ap.explain(optimized).captures == captures
+    assert not ap.explain(optimized).fallbacks
 
 
 @pytest.mark.filterwarnings("ignore:No LoRA keys")

@@ -7,6 +7,7 @@ are in the parameters, and their untouched ones are kept with the modules (weigh
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,6 +29,8 @@ from .weights.loras import Terms, merged
 
 Weight: TypeAlias = float | Mapping[str, float]
 """A number, or one for each component: {"unet": 0.8, "text_encoder": 0.5}."""
+
+_LOCK = threading.RLock()
 
 MOST_TOLD = 20
 """Unused keys that a warning names; the result has them all."""
@@ -108,7 +111,8 @@ def loras(
     known = _present(parts)
     fitted = []
     for name in strengths:
-        path = lora_files.find(name, places)
+        path = known[name].path if name in known and _still_there(known[name].path, places) else None
+        path = path or lora_files.find(name, places)
         fitted.append(_fit(name, path, lora_files.read(path), names, modules))
     _write(pipe, parts, fitted, strengths)
     for one in fitted:
@@ -126,6 +130,11 @@ def reapply(pipe: Any) -> None:
     found = {name: entry for entries in active for name, entry in entries.items()}
     fitted = [_fit(name, lora.path, adapter, names, modules) for name, (lora, adapter) in found.items()]
     _write(pipe, parts, fitted, {name: dict(lora.weights) for name, (lora, _) in found.items()})
+
+
+def _still_there(path: Path, places: Sequence[Path]) -> bool:
+    """Whether a name that lies in one of the folders means the same file as before: they are not searched again."""
+    return any(path.is_relative_to(place) for place in places) and path.is_file()
 
 
 # ---- what is asked -------------------------------------------------------------------------------------------------
@@ -284,7 +293,7 @@ def _terms(
 def _resting(pipe: Any) -> Iterator[None]:
     """Within this context no engine of the pipeline runs, and those whose weights carry no versions look again."""
     found = list(engines(pipe).values())
-    with ExitStack() as held:
+    with _LOCK, ExitStack() as held:
         for engine in found:
             held.enter_context(engine._lock)
         try:

@@ -30,6 +30,7 @@ IN_FOLDER = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """How diffusers and PEFT call the file in an adapter's folder."""
 CACHE_BYTES = 1 << 30
 NEAREST = 3
+LONGEST = 240
 
 
 def folders(chosen: str | Path | Iterable[str | Path] | None = None) -> tuple[Path, ...]:
@@ -50,6 +51,8 @@ def find(name: str, places: Sequence[Path] = ()) -> Path:
     if (path := _as_path(name)) is not None:
         return path
     wanted = _normal(name).removesuffix(SUFFIX)
+    if len(direct := _direct(wanted, places)) == 1:
+        return direct[0]  # without looking through folders of thousands
     files = list(_listed(places))
     for matching in (_called, _stemmed, _aliased):
         found = [path for place, path in files if path.suffix == SUFFIX and wanted == matching(place, path)]
@@ -132,6 +135,12 @@ def _as_path(name: str) -> Path | None:
     if path.suffix in PICKLES:
         raise _pickled(path)
     return path if path.suffix == SUFFIX else None
+
+
+def _direct(wanted: str, places: Sequence[Path]) -> list[Path]:
+    if not wanted or ".." in wanted.split("/") or len(wanted) > LONGEST or "\0" in wanted:
+        return []
+    return [path for place in places if (path := place / f"{wanted}{SUFFIX}").is_file()]
 
 
 def _listed(places: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
