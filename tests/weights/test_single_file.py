@@ -83,7 +83,10 @@ EXPECTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", EXPECTED)
+QUICK = ("sd1", "sd2", "sd2-base", "sdxl")
+
+
+@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in EXPECTED])
 def test_each_family_is_told_and_complete(family: str, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full size, on the meta device: every weight of every module gets the tensor of its original name."""
     tensors = tensors_of(family)
