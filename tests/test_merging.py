@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,10 +26,11 @@ from allaprima.pipelines import as_task, eager
 from allaprima.verification.metrics import psnr
 from allaprima.weights import lora_files
 from allaprima.weights.deltas import LowRank
+from allaprima.weights.lora_names import ldm_names
 from allaprima.weights.loras import merged
 from tests.lora_files import BLOCK, flat, lycoris_file, peft_file, set_multiplier
 from tests.test_pipelines import difference, draw
-from tests.tiny import tiny_bert_pipeline, tiny_pipeline
+from tests.tiny import tiny_bert_pipeline, tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
 
 SAME_DB = 60.0
 NEARER_DB = 30.0
@@ -403,12 +406,13 @@ def test_openvino_builds_again_for_a_change_and_draws_the_same(two: tuple[Path, 
     ap.optimize(pipe, Config(backend="openvino"))
     quick(pipe)
     before = ap.explain(pipe)
-    for weight in (0.8, -0.4):
-        ap.loras(pipe, {name: weight})
-        ap.loras(plain, {name: weight})
+    for weights in (0.8, {"unet": -0.4, "text_encoder": 0.8}):
+        ap.loras(pipe, {name: weights})
+        ap.loras(plain, {name: weights})
         assert difference(quick(pipe), quick(plain)) < 1e-3
     after = ap.explain(pipe)
     assert after.captures == before.captures
+    assert after.rebuilds == before.rebuilds + 3, "UNet and text encoder, then only the UNet"
 
 
 # ---- what does not fit
@@ -517,6 +521,12 @@ def test_a_weight_for_each_component(two: tuple[Path, Path]) -> None:
         assert all(torch.equal(a, b) for a, b in pairs) is same
 
 
+@pytest.mark.parametrize("weights", ["sketch", ["sketch"], 0.8])
+def test_what_is_no_table_of_weights_is_refused(weights: Any) -> None:
+    with pytest.raises(AdapterError, match="names and their weights"):
+        ap.loras(tiny_pipeline(), weights)
+
+
 def test_only_pipelines_have_loras() -> None:
     with pytest.raises(AdapterError, match="Linear"):
         ap.loras(torch.nn.Linear(1, 1), {})
@@ -581,3 +591,59 @@ def test_fused_projections_are_refused(two: tuple[Path, Path]) -> None:
     pipe.fuse_qkv_projections(vae=False)
     with pytest.raises(AdapterError, match="unfuse_qkv_projections"):
         ap.loras(pipe, {str(two[0]): 1.0})
+
+
+# ---- other architectures
+
+
+def kohya_xl(pipe: Any) -> dict[str, torch.Tensor]:
+    """A file of kohya's for SDXL: the UNet's blocks by LDM's names, two text encoders."""
+    numbers, tensors = torch.Generator().manual_seed(0), {}
+    table = {own: ldm for ldm, own in ldm_names(pipe.unet).items()}
+    layers = {}
+    for path, layer in pipe.unet.named_modules():
+        if path.endswith(("attn1.to_q", "attn2.to_k", "ff.net.2")):
+            block, inner = path.split(".transformer_blocks.")
+            layers[f"lora_unet_{flat(f'{table[block]}.transformer_blocks.{inner}')}"] = layer
+    for prefix, encoder in (("lora_te1_", pipe.text_encoder), ("lora_te2_", pipe.text_encoder_2)):
+        for path, layer in encoder.named_modules():
+            if path.endswith(("q_proj", "out_proj", "fc1")):  # without out_proj diffusers overlooks q_proj
+                layers[f"{prefix}text_model_{flat(path.removeprefix('text_model.'))}"] = layer
+    for name, layer in layers.items():
+        rows, columns = layer.weight.shape
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=numbers)
+        tensors[f"{name}.lora_up.weight"] = 0.3 * torch.randn(rows, 2, generator=numbers)
+        tensors[f"{name}.alpha"] = torch.tensor(1.5)
+    return tensors
+
+
+def test_sdxl_with_two_text_encoders(tmp_path: Path) -> None:
+    pipe, reference = tiny_xl_pipeline(), tiny_xl_pipeline()
+    save_file(kohya_xl(pipe), tmp_path / "xl.safetensors")
+    before = quick(pipe)
+    reference.load_lora_weights(tmp_path / "xl.safetensors", adapter_name="theirs")
+    reference.set_adapters(["theirs"], [0.7])
+    found = ap.loras(pipe, {"xl": 0.7}, lora_dir=tmp_path)["xl"]
+    assert not found.unused
+    assert found.weights == {"text_encoder": 0.7, "text_encoder_2": 0.7, "unet": 0.7}
+    assert_same(quick(pipe), quick(reference), without=before)
+    ap.loras(pipe, {"xl": {"unet": 0.5, "text_encoder": 0.2}}, lora_dir=tmp_path)
+    assert ap.loras(pipe)["xl"].weights == {"text_encoder": 0.2, "text_encoder_2": 0.2, "unet": 0.5}
+    ap.loras(pipe, {})
+    assert np.array_equal(quick(pipe), before)
+
+
+def test_the_transformer_of_sd3(tmp_path: Path) -> None:
+    pipe, reference = tiny_sd3_pipeline(), tiny_sd3_pipeline()
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    reference.transformer.add_adapter(config, "theirs")
+    layers = get_peft_model_state_dict(reference.transformer, adapter_name="theirs")
+    reference.save_lora_weights(
+        tmp_path, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
+    )
+    before = draw(pipe, width=64)
+    reference.set_adapters(["theirs"], [0.7])
+    ap.loras(pipe, {str(tmp_path): 0.7})
+    assert_same(draw(pipe, width=64), draw(reference, width=64), without=before)
+    ap.loras(pipe, {})
+    assert np.array_equal(draw(pipe, width=64), before)

@@ -104,6 +104,8 @@ def loras(
         found = _present(parts)
         found.overwritten = tuple(_overwritten(parts))
         return found
+    if not isinstance(weights, Mapping):
+        raise AdapterError(f"loras() takes names and their weights, such as {{'watercolor': 0.8}}, not {weights!r}.")
     places = lora_files.folders(lora_dir)
     strengths = {str(name): _strengths(name, weight, parts) for name, weight in weights.items()}
     names = Names(parts)
@@ -124,12 +126,16 @@ def loras(
 def reapply(pipe: Any) -> None:
     """Merge what is applied into the parameters that somebody else wrote since, as after a switch of checkpoints."""
     parts = _components(pipe)
-    active = [merged(module).active for module in parts.values()]
+    found: dict[str, tuple[Lora, Adapter]] = {}
+    strengths: dict[str, dict[str, float]] = {}
+    for component, module in parts.items():
+        for name, entry in merged(module).active.items():
+            found[name] = entry
+            strengths.setdefault(name, {})[component] = entry[0].weights[component]
     names = Names(parts)
     modules = {component: modules_by_path(module) for component, module in parts.items()}
-    found = {name: entry for entries in active for name, entry in entries.items()}
     fitted = [_fit(name, lora.path, adapter, names, modules) for name, (lora, adapter) in found.items()]
-    _write(pipe, parts, fitted, {name: dict(lora.weights) for name, (lora, _) in found.items()})
+    _write(pipe, parts, fitted, strengths)
 
 
 def _still_there(path: Path, places: Sequence[Path]) -> bool:
@@ -293,9 +299,10 @@ def _terms(
 def _resting(pipe: Any) -> Iterator[None]:
     """Within this context no engine of the pipeline runs, and those whose weights carry no versions look again."""
     found = list(engines(pipe).values())
-    with _LOCK, ExitStack() as held:
+    with ExitStack() as held:
         for engine in found:
             held.enter_context(engine._lock)
+        held.enter_context(_LOCK)  # last: whoever holds engines may ask for it
         try:
             yield
         finally:
@@ -308,7 +315,7 @@ def _resting(pipe: Any) -> Iterator[None]:
 
 
 def _report(one: Fitted, strengths: Mapping[str, float]) -> Lora:
-    weights = {component: strengths[component] for component in one.changes}
+    weights = {component: strengths.get(component, 0.0) for component in one.changes}
     return Lora(one.name, one.path, weights, tuple(one.applied), dict(one.unused))
 
 

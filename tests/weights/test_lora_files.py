@@ -89,6 +89,8 @@ def test_folders_come_from_the_caller_or_the_environment(place: Path, monkeypatc
     monkeypatch.delenv("ALLAPRIMA_LORAS", raising=False)
     assert folders() == ()
     assert folders(place) == folders([str(place)]) == (place,)
+    with pytest.raises(AdapterError, match="no folder"):
+        folders(place / "nowhere")
     monkeypatch.setenv("ALLAPRIMA_LORAS", os.pathsep.join([str(place), "~/loras"]))
     assert folders() == (place, Path.home() / "loras")
 

@@ -34,11 +34,18 @@ LONGEST = 240
 
 
 def folders(chosen: str | Path | Iterable[str | Path] | None = None) -> tuple[Path, ...]:
-    """Where names are looked for: `chosen`, else `$ALLAPRIMA_LORAS` (several with the system's path separator)."""
+    """Where names are looked for: `chosen`, else `$ALLAPRIMA_LORAS` (several with the system's path separator).
+
+    raises   AdapterError where a chosen one is no folder
+    """
     if chosen is None:
-        chosen = [place for place in os.environ.get("ALLAPRIMA_LORAS", "").split(os.pathsep) if place]
+        given = os.environ.get("ALLAPRIMA_LORAS", "").split(os.pathsep)
+        return tuple(Path(place).expanduser() for place in given if place)
     places = [chosen] if isinstance(chosen, str | Path) else list(chosen)
-    return tuple(Path(place).expanduser() for place in places)
+    found = tuple(Path(place).expanduser() for place in places)
+    if missing := next((place for place in found if not place.is_dir()), None):
+        raise AdapterError(f"{missing} is no folder: give one that holds LoRAs.")
+    return found
 
 
 def find(name: str, places: Sequence[Path] = ()) -> Path:
