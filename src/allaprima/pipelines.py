@@ -13,7 +13,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -68,6 +68,8 @@ class Optimized:
     config: Config
     guard: NumericsGuard
     twins: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    schedulers: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """Those of the twins; they outlive a pipeline whose parts another one took over (diffusers' from_pipe)."""
     engines: dict[str, Engine] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -169,7 +171,7 @@ def as_task(pipe: DiffusionPipeline, task: Task) -> DiffusionPipeline:
 def share(pipe: Any, twin: Any) -> None:
     """Let a pipeline of the same components have the engines of `pipe`, if this one has any."""
     if (optimized := state(pipe)) is not None:
-        shared = Optimized(optimized.config, optimized.guard, optimized.twins, dict(optimized.engines))
+        shared = replace(optimized, engines=dict(optimized.engines), undo=[])
         optimized.twins.add(twin)
         twin.__dict__[_STATE] = shared
         _wrap_methods(twin, shared)
@@ -228,7 +230,7 @@ def _remove(engine: weakref.ref[Engine]) -> None:
 
 
 def _components(pipe: Any, optimized: Optimized) -> Iterator[tuple[str, nn.Module, Profile]]:
-    schedules = functools.partial(_schedules, optimized.twins)
+    schedules = functools.partial(_schedules, optimized.twins, optimized.schedulers)
     profile_of: dict[str, Callable[[], Profile]] = {
         "text_encoder": profiles.text_encoder,
         "text_encoder_2": lambda: profiles.text_encoder("text_encoder_2"),
@@ -256,9 +258,10 @@ def _controlnets(controlnet: Any) -> list[tuple[str, nn.Module]]:
     return [("controlnet", controlnet)] if isinstance(controlnet, nn.Module) else []
 
 
-def _schedules(twins: weakref.WeakSet[Any]) -> list[torch.Tensor]:
+def _schedules(twins: weakref.WeakSet[Any], schedulers: weakref.WeakSet[Any]) -> list[torch.Tensor]:
     """The timesteps of every pipeline that shares the UNet: each may have a scheduler of its own."""
-    found = (getattr(pipe.scheduler, "timesteps", None) for pipe in twins)
+    schedulers.update(pipe.scheduler for pipe in twins)
+    found = (getattr(scheduler, "timesteps", None) for scheduler in schedulers)
     return [timesteps for timesteps in found if isinstance(timesteps, torch.Tensor)]
 
 
@@ -366,7 +369,7 @@ def _check_offloading(pipe: Any) -> None:
         raise ConfigError(
             f"{', '.join(hooked)} of this pipeline: the weights are offloaded (enable_model_cpu_offload, "
             "enable_sequential_cpu_offload or device_map), and an optimized pipeline keeps them on one device. Call "
-            "pipe.remove_all_hooks() and pipe.to(device); to save memory, pipe.enable_vae_tiling()."
+            "pipe.remove_all_hooks() and pipe.to(device); to save memory, pipe.vae.enable_tiling()."
         )
 
 
