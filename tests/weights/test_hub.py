@@ -79,6 +79,18 @@ def test_what_was_not_pulled_is_fetched_by_load(hub: Hub) -> None:
     assert cached("some/tiny") is not None
 
 
+def test_load_completes_a_pull_that_was_cut_off(hub: Hub) -> None:
+    place = pull("some/tiny")
+    for lost in ("unet/diffusion_pytorch_model.safetensors", "tokenizer"):
+        gone = place / lost
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        assert not ours.is_complete(place)
+        hub.requests.clear()
+        ap.load("some/tiny", dtype="float32", device="cpu")
+        assert hub.requests
+        assert ours.is_complete(place)
+
+
 def test_a_variant(hub: Hub) -> None:
     place = pull("some/tiny", variant="fp16")
     assert {name for name in names(place) if name.endswith(".safetensors")} == {
@@ -89,6 +101,12 @@ def test_a_variant(hub: Hub) -> None:
     pipe = ap.load("some/tiny", dtype="float32", device="cpu")
     assert torch.equal(pipe.unet.conv_in.weight, tiny_pipeline().unet.conv_in.weight.half().float())
     ap.switch(pipe, "some/tiny")
+    for file in list(place.glob("*/*.fp16.safetensors")):
+        file.rename(file.with_name(file.name.replace("fp16", "no_ema")))
+    assert torch.equal(
+        ap.load(place, dtype="float32", device="cpu").vae.state_dict()["quant_conv.bias"], pipe.vae.quant_conv.bias
+    )
+    ap.switch(pipe, place)
 
 
 def test_a_cut_connection_is_taken_up_where_it_broke(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError, UnknownModelError
 from ..models import EMBEDDED, load_embedded
 from ..notices import quiet_import
 from .contents import Checkpoint, Component, build, model_index, module_folder, of_embedded, of_folder
-from .hub import is_hub_id, snapshot
+from .hub import is_hub_id, snapshot, variant_of
 from .single_file import of_part, of_single_file
 from .soundness import HOW_TO_CONVERT, check_safetensors, refuse_pickle
 from .writing import remember, remember_tokenizer
@@ -191,13 +191,15 @@ def _folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
         )
     for file in files:
         check_safetensors(file)
+    variants = {variant_of(file.name) for file in files}
+    variant = None if "" in variants else min(variants)
     if index.get("_class_name") in ALT_PIPELINES:
-        return load_alt_diffusion(path, dtype, "fp16" if _only_half(files) else None)
+        return load_alt_diffusion(path, dtype, variant)
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "safety_checker": None}
     # Parts that were left out on purpose, as SD 3's third encoder: diffusers wants to be told once more.
     options |= {name: None for name, entry in index.items() if isinstance(entry, list) and entry[:1] == [None]}
-    if _only_half(files):
-        options["variant"] = "fp16"
+    if variant:
+        options["variant"] = variant
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -206,7 +208,3 @@ def _folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
             )
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {str(error)[:500]}") from error
-
-
-def _only_half(files: list[Path]) -> bool:
-    return all(".fp16." in file.name for file in files)

@@ -186,12 +186,13 @@ def module_folder(name: str, kind: type[nn.Module], folder: Path) -> Component:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The .safetensors of a module's folder: whole, in shards, or the half-precision variant where it is all there is.
+    """The .safetensors of a module's folder: whole, in shards, or a variant where it is all there is.
 
     raises  CheckpointError
     """
     for stem in WEIGHTS:
-        for variant in ("", ".fp16"):
+        others = sorted(file.name[len(stem) : -len(".safetensors")] for file in folder.glob(f"{stem}.*.safetensors"))
+        for variant in ("", ".fp16", *others):
             if (whole := folder / f"{stem}{variant}.safetensors").is_file():
                 return (whole,)
             index = folder / f"{stem}.safetensors.index{variant}.json"

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
+from .contents import model_index, weight_files
 from .soundness import HOW_TO_CONVERT, check_safetensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -29,9 +30,23 @@ def is_hub_id(source: str) -> bool:
 def snapshot(hub_id: str) -> Path:
     """The folder of a checkpoint that was pulled; pulls it where it was not.  raises CheckpointError"""
     folder = cached(hub_id)
-    if folder is not None and (folder / "model_index.json").is_file():
-        return folder
-    return pull(hub_id)
+    return folder if folder is not None and is_complete(folder) else pull(hub_id)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every part that a pipeline's index names is there; a pull may have been cut off."""
+    try:
+        index = model_index(folder)
+        for name, entry in index.items():
+            if name in NOT_NEEDED or not isinstance(entry, list) or entry[:1] == [None]:
+                continue
+            if (folder / name / "config.json").is_file():
+                weight_files(folder / name)
+            elif not (folder / name).is_dir():
+                return False
+    except CheckpointError:
+        return False
+    return True
 
 
 def cached(hub_id: str) -> Path | None:
@@ -100,7 +115,7 @@ def _weights(hub_id: str, part: str, names: list[str], variant: str | None, pick
         sets: dict[str, list[str]] = {}
         for name in names:
             if re.search(rf"(^|/)(diffusion_pytorch_model|pytorch_model|model)[^/]*\{suffix}(\.index\S*)?", name):
-                sets.setdefault(_variant(name), []).append(name)
+                sets.setdefault(variant_of(name), []).append(name)
         if not sets:
             continue
         if suffix == ".bin" and not pickles:
@@ -112,7 +127,7 @@ def _weights(hub_id: str, part: str, names: list[str], variant: str | None, pick
     return []
 
 
-def _variant(name: str) -> str:
+def variant_of(name: str) -> str:
     """ "unet/diffusion_pytorch_model.fp16.safetensors" -> "fp16"; shards' numbers and indexes are no variants"""
     stem = PurePosixPath(name).name.partition(".")[2]
     words = [word for word in re.sub(r"-\d+-of-\d+", "", stem).split(".") if word]
