@@ -353,6 +353,20 @@ def test_tensors_of_inference_mode(two: tuple[Path, Path]) -> None:
     assert digest(pipe) == before
 
 
+def test_calls_from_within_inference_mode(two: tuple[Path, Path], tmp_path: Path) -> None:
+    pipe, plain, path = tiny_pipeline(), tiny_pipeline(), tmp_path / "ink.safetensors"
+    save_file(load_file(two[0]), path)  # read for the first time within
+    version = pipe.unet.get_submodule(f"{BLOCK}.attn1.to_q").weight._version
+    with torch.inference_mode():
+        ap.loras(pipe, {str(path): 1.0})
+    assert pipe.unet.get_submodule(f"{BLOCK}.attn1.to_q").weight._version > version, "or engines would not notice"
+    ap.loras(pipe, {str(path): -0.5})
+    ap.loras(plain, {str(path): -0.5})
+    assert digest(pipe) == digest(plain)
+    ap.loras(pipe, {})
+    assert digest(pipe) == digest(tiny_pipeline())
+
+
 # ---- engines
 
 
