@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .config import Config
 from .errors import CheckpointError, ConfigError
 from .merging import Loras, loras, reapply
 from .notices import quiet_import
 from .pipelines import engines, optimize, restore, share, state
 from .weights.checkpoints import new_pipeline, open_checkpoint, with_parts
-from .weights.contents import Checkpoint, Component, build
+from .weights.contents import Checkpoint, build
 from .weights.pool import Pool
 from .weights.writing import Write, is_from, plan, remember, remember_tokenizer, write
 
@@ -134,33 +135,30 @@ def _modules_of(pipe: Any) -> dict[str, nn.Module]:
 
 def _exchange(pipe: Any, checkpoint: Checkpoint, writes: Mapping[str, Write | None], others: Mapping[str, Any]) -> Any:
     """Build what differs in host memory first, then let the old go, then take its place."""
-    kind = _kind(pipe, checkpoint)
-    dtype, device = _numbers(pipe), pipe.device
+    kind, device = _kind(pipe, checkpoint), pipe.device
     kept = {name: one for name, one in writes.items() if one is not None}
-    new = {name: _built(component, dtype) for name, component in checkpoint.modules.items() if name not in kept}
+    changed = {name: component for name, component in checkpoint.modules.items() if name not in kept}
+    new = {name: build(component, _dtype(pipe, name), torch.device("cpu")) for name, component in changed.items()}
     left = loras(pipe)
     if kept:
         _write(pipe, list(kept.values()), {})
-    sharing = _sharing(pipe)
-    config = optimized.config if (optimized := state(pipe)) is not None else None
-    del optimized  # it would keep the old modules
-    for one in sharing:
-        restore(one)
     parts = {**{name: one.module for name, one in kept.items()}, **new, **others}
-    if kind is not type(pipe):
+    config, sharing = _released(pipe)
+    if kind is type(pipe):
+        for one in sharing:
+            _renew(one, parts)
+    else:
         replaced = new_pipeline(kind, parts, checkpoint.options)
         replaced.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         for one in sharing:
             one.register_modules(**dict.fromkeys(_modules_of(one)))
         pipe, sharing = replaced, [replaced]
-    else:
-        for one in sharing:
-            _renew(one, parts)
-    del writes, kept
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     pipe.to(device)
+    for name, component in changed.items():
+        remember(new[name], component.identity)
     if config is not None:
         optimize(pipe, config)
         for one in sharing:
@@ -170,18 +168,20 @@ def _exchange(pipe: Any, checkpoint: Checkpoint, writes: Mapping[str, Write | No
     return pipe
 
 
+def _released(pipe: Any) -> tuple[Config | None, list[Any]]:
+    """Undo the optimizer.  returns its settings, and the pipelines that share the components"""
+    optimized, sharing = state(pipe), _sharing(pipe)
+    for one in sharing:
+        restore(one)
+    return (optimized.config if optimized is not None else None), sharing
+
+
 def _tell_of_lost(before: Loras, after: Loras) -> None:
     parts = {
         name: lora.weights.keys() - (after[name].weights if name in after else {}) for name, lora in before.items()
     }
     if lost := [f"{name} ({', '.join(sorted(gone))})" for name, gone in parts.items() if gone]:
         warnings.warn(f"LoRAs were left behind with the parts that were exchanged: {', '.join(lost)}.", stacklevel=4)
-
-
-def _built(component: Component, dtype: torch.dtype) -> nn.Module:
-    module = build(component, dtype, torch.device("cpu"))
-    remember(module, component.identity)
-    return module
 
 
 def _kind(pipe: Any, checkpoint: Checkpoint) -> type[Any]:
@@ -220,9 +220,10 @@ def _renew(pipe: Any, parts: Mapping[str, Any]) -> None:
         type(pipe).__init__(pipe, **held | {name: part for name, part in parts.items() if name in known})
 
 
-def _numbers(pipe: Any) -> torch.dtype:
-    for name in ("unet", "transformer"):
-        if isinstance(module := pipe.components.get(name), nn.Module):
+def _dtype(pipe: Any, name: str) -> torch.dtype:
+    """Of the part whose place it takes, else of the denoiser."""
+    for other in (name, "unet", "transformer"):
+        if isinstance(module := pipe.components.get(other), nn.Module):
             return next(module.parameters()).dtype
     dtype: torch.dtype = pipe.dtype
     return dtype
