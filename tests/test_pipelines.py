@@ -610,7 +610,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a width that is a text": ({"width": "64"}, SizeError, "'64'"),
     "a prompt that is a number": ({"prompt": 3}, InputError, "int"),
     "no prompt": ({"prompt": None}, InputError, "prompt"),
-    "cross_attention_kwargs": ({"cross_attention_kwargs": {"scale": 0.5}}, InputError, "cross_attention_kwargs"),
+    "cross_attention_kwargs": ({"cross_attention_kwargs": {"gligen": 1}}, InputError, "cross_attention_kwargs"),
 }
 
 

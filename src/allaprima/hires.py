@@ -62,7 +62,7 @@ def hires(
     return second(prompt, image=enlarged, strength=strength, **again)
 
 
-def _latent_size(pipe: Any, latents: torch.Tensor, scale: float, size: tuple[int, int] | None) -> tuple[int, int]:
+def _latent_size(pipe: Any, latents: torch.Tensor, scale: Any, size: tuple[int, int] | None) -> tuple[int, int]:
     pixels = pipe.vae_scale_factor
     if size is not None:
         width, height = size

@@ -115,9 +115,9 @@ def _unet_dims(tensors: Sequence[torch.Tensor]) -> list[DimRule]:
     return [dims]
 
 
-def _halved(height: int, width: int) -> list[tuple[int, int]]:
+def _halved(height: int, width: int) -> list[tuple[int, ...]]:
     """The sizes at each level of a UNet: a downsampling rounds up."""
-    sizes = [(height, width)]
+    sizes: list[tuple[int, ...]] = [(height, width)]
     for _ in range(8):
         height, width = (height + 1) // 2, (width + 1) // 2
         sizes.append((height, width))
