@@ -222,6 +222,20 @@ def test_what_is_no_change_of_weights_runs_eagerly_and_says_so(private_cache: Pa
     assert reason.startswith("unet: an adapter that is no change of weights (Conv2d cannot be merged")
 
 
+def test_on_a_processor_only_the_first_of_many_changes_builds() -> None:
+    """LoRAs of matrices; the stages of step and prompt read some."""
+    pipe = ap.optimize(tiny_pipeline(), Config(backend="openvino"))
+    draw(pipe)
+    pipe.load_lora_weights(state_dict(pipe, 0, ["to_q", "to_k", "to_v", "to_out.0"]), adapter_name="ink")
+    assert_as_eager(pipe)
+    first = ap.explain(pipe).rebuilds
+    assert first > 0
+    for weight in (0.3, -1.0, 2.0):
+        pipe.set_adapters("ink", weight)
+        assert_as_eager(pipe)
+    assert ap.explain(pipe).rebuilds == first
+
+
 def test_explain_names_adapters_and_their_layers() -> None:
     pipe = ap.optimize(tiny_pipeline(), Config(backend="aten", cache_dir=None))
     assert "adapters   none of PEFT's" in str(ap.explain(pipe))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,6 +189,16 @@ def test_the_weights_watch_notices_a_new_buffer() -> None:
     watch = WeightsWatch(module)
     module[0].register_buffer("extra", torch.zeros(1))
     assert not watch.unchanged()
+
+
+def test_where_a_model_was_loaded_from_is_no_structure(tmp_path: Path) -> None:
+    encoder = tiny_clip()
+    kind, before = type(encoder), structure_key(encoder)
+    keys = set()
+    for name in ("one", "other"):
+        encoder.save_pretrained(tmp_path / name)
+        keys.add(structure_key(kind.from_pretrained(tmp_path / name)))
+    assert keys == {before}
 
 
 # ---- hooks and adapters

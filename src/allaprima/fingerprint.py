@@ -30,7 +30,12 @@ _BOOKKEEPING = {
     "architectures", "torch_dtype", "dtype",
 }  # fmt: skip
 """Entries of configurations that say where a model came from; the parameters' dtypes are part of the key anyway."""
-_IGNORED = _MODULE_STATE | {"forward", "_output_capturing_hooks_installed", "_hf_hook", "_old_forward"} | BOOKKEEPING
+_ORIGIN = {"name_or_path", "_weight_conversions"}
+"""Attributes in which transformers notes where and how a model was loaded."""
+_REPLACED = {"forward", "_output_capturing_hooks_installed", "_hf_hook", "_old_forward"}
+_IGNORED = _MODULE_STATE | _REPLACED | _ORIGIN | BOOKKEEPING
+_DEFAULTS = (("_use_kernels", False),)
+"""What only `from_pretrained` sets, and what it means where nothing is set."""
 _VERSIONED = {"allaprima", "torch", "diffusers", "transformers", *sys.stdlib_module_names} - {"__main__"}
 """Packages whose code is known by their version, which is part of a record's name."""
 _DEEP = 4
@@ -75,7 +80,7 @@ def structure_key(module: nn.Module) -> str:
 def _attributes(part: nn.Module, describer: _Describer) -> Iterator[tuple[str, Any]]:
     for name, value in sorted(part.__dict__.items()):
         # An attribute that is None counts as absent: diffusers' disable_freeu leaves None behind.
-        if name not in _IGNORED and value is not None:
+        if name not in _IGNORED and value is not None and (name, value) not in _DEFAULTS:
             yield name, describer.text(value)
 
 

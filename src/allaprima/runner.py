@@ -76,7 +76,7 @@ class Runner:
         ]
         # A backend compiles in C++ on one core, so the stages are compiled beside one another.
         with ThreadPoolExecutor(max(1, len(concerned))) as pool:
-            list(pool.map(lambda running: self._bind_stage(running, sources.tensors), concerned))
+            built = list(pool.map(lambda running: self._bind_stage(running, sources.tensors, changed), concerned))
         self._fixed = {
             r.name: self.binding.value(r.role, r.name, sources.tensors)
             for r in self.program.results
@@ -84,15 +84,21 @@ class Runner:
         }
         if not self.bound:
             give_back(self._device)  # where the parameters lay before they moved; recorded graphs cannot use it
-        rebuilt = self.bound and bool(concerned)
+        rebuilt = self.bound and any(built)
         self.stale, self.bound = set(), True
         return rebuilt
 
-    def _bind_stage(self, running: _RunningStage, sources: Mapping[str, torch.Tensor]) -> None:
-        """Bind a stage; one that its backend cannot build after all runs on ATen, and `explain` says so."""
-        weights = self.binding.values(running.stage.graph, sources)
+    def _bind_stage(self, running: _RunningStage, sources: Mapping[str, torch.Tensor], changed: set[str]) -> bool:
+        """Bind a stage; one that its backend cannot build after all runs on ATen, and `explain` says so.
+
+        returns  whether something was built
+        """
+        graph = running.stage.graph
+        weights = self.binding.values(graph, sources)
+        new = {p.name for p in graph.placeholders("parameter", "buffer", "derived") if p.meta["source"] in changed}
+        running.forget()
         try:
-            running.executable.bind(weights)
+            return running.executable.bind(weights, new if self.bound else None)
         except (RuntimeError, GraphError) as error:
             if isinstance(running.executable, AtenExecutable) or is_out_of_memory(error):
                 raise
@@ -100,9 +106,9 @@ class Runner:
             reason = str(error).strip()[:200]
             told = reason if isinstance(error, GraphError) else f"{failed} failed with {reason!r}"
             self.backends[running.stage.time] = f"aten: {told}"
-            running.executable = AtenExecutable(running.stage.graph)
+            running.executable = AtenExecutable(graph)
             running.executable.bind(weights)
-        running.forget()
+            return True
 
     def __call__(
         self,

@@ -336,6 +336,42 @@ def test_binding_again_gives_the_new_weights(unet: tuple[Unet, Graph]) -> None:
     assert torch.equal(after, compiled(graph, weights).run(inputs)[0])
 
 
+def test_matrices_that_change_by_themselves_become_inputs_and_then_build_nothing(unet: tuple[Unet, Graph]) -> None:
+    module, graph = unet
+    weights, inputs = weights_of(module, graph), unet_inputs(module, 2, 8, 8, 9)
+    executable = compiled(graph, weights)
+    (matrices, convolutions) = ([n for n, w in weights.items() if w.dim() == dims] for dims in (2, 4))
+
+    def change(names: list[str]) -> bool:
+        """Change weights.  returns whether the model was built again"""
+        for name in names:
+            weights[name] = weights[name] * 1.1 + 0.01
+        built = executable.bind(weights, names)
+        found, expected = executable.run(inputs)[0], compiled(graph, weights).run(inputs)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        return built
+
+    adapted = matrices[::2]
+    assert [change(adapted), change(adapted), change(adapted[:3])] == [True, False, False]
+    assert [change(matrices[:4]), change(matrices[:4])] == [True, False]
+    assert [change(convolutions[:1]), change(convolutions[:1])] == [True, True], "OpenVINO packs taps when it compiles"
+    assert [change(list(weights)), change(adapted)] == [True, False], "another checkpoint, and then its LoRA"
+
+
+def test_ranges_of_columns_of_a_matrix_that_is_an_input() -> None:
+    module = Columns(whole=False).eval()
+    graph = captured(nn.Sequential(module), torch.randn(2, 4, 16))
+    weights = weights_of(nn.Sequential(module), graph)
+    executable = compiled(graph, weights)
+    (matrix,) = (name for name, weight in weights.items() if weight.dim() == 2)
+    for built in (True, False):
+        weights[matrix] = torch.randn(24, 16)
+        assert executable.bind(weights, [matrix]) is built
+        x = torch.randn(2, 4, 16)
+        for found, expected in zip(executable.run([x]), eager(graph, weights, [x]), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("used", [False, True])
 def test_an_edit_in_place_without_bind_changes_nothing(used: bool, dtype: torch.dtype) -> None:

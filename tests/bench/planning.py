@@ -20,8 +20,9 @@ class Planning:
         self.plans: list[Plan] = []
         self.sizes: list[Any] = []
 
-    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def bind(self, weights: Mapping[str, torch.Tensor], changed: Any = None) -> bool:
         self.weights = dict(weights)
+        return False
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         given = arguments_of(self.graph, self.weights, inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ class AtenExecutable:
         self._placeholders = graph.placeholders()
         self._weights: dict[str, torch.Tensor] = {}
 
-    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def bind(self, weights: Mapping[str, torch.Tensor], changed: Collection[str] | None = None) -> bool:
         self._weights = dict(weights)
+        return False
 
     def run(self, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
         given = iter(inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,7 +23,11 @@ class Executable(Protocol):
 
     graph: Graph
 
-    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take the weights: name of each placeholder whose role is in WEIGHT_ROLES -> its value."""
+    def bind(self, weights: Mapping[str, torch.Tensor], changed: Collection[str] | None = None) -> bool:
+        """Take the weights: name of each placeholder whose role is in WEIGHT_ROLES -> its value.
+
+        changed  which of them are new since the last time; None: all
+        returns  whether anything had to be built for them
+        """
 
     def run(self, inputs: Sequence[torch.Tensor | int]) -> list[torch.Tensor]: ...

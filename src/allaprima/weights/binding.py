@@ -35,7 +35,7 @@ class Sources:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._seen: dict[str, tuple[torch.Tensor, tuple[Any, ...]]] = {}
+        self._seen: dict[str, tuple[torch.Tensor, Any, Any]] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         self._homes: dict[str, torch.Tensor] = {}
         self._passing: set[str] = set()
@@ -57,22 +57,24 @@ class Sources:
         for name, tensor in parameters.items():
             path, _, key = name.rpartition(".")
             # `module.to(...)` keeps the Parameter and its version, and gives it other storage.
-            now = (*_state(tensor), states.get(path))
-            seen = self._seen.get(name)
-            if seen is not None and seen[0] is tensor and seen[1] == now:
+            now, adapters = _state(tensor), states.get(path)
+            known, state_then, adapters_then = self._seen.get(name, (None, None, None))
+            same = known is tensor and state_then == now
+            if same and adapters_then == adapters:
                 self.tensors[name] = before[name] if name in self._adapted else tensor.detach()
                 continue
-            changed.add(name)
-            if seen is not None and seen[0] is not tensor:
-                self._leave(name, seen[0])
+            if adapters is not None and path not in made:
+                made[path] = self._merged(self._tuners[path])
+            value = made.get(path, {}).pop(key, None)
+            if not same or value is not None or name in self._adapted:
+                changed.add(name)
+            if known is not None and known is not tensor:
+                self._leave(name, known)
             self._adapted.discard(name)
             if not _fits(self._homes.get(name, tensor), [tensor]):
                 del self._homes[name]  # the module has another dtype or device now; the old place may go
-            if now[-1] is not None and path not in made:
-                made[path] = self._merged(self._tuners[path])
-            value = made.get(path, {}).pop(key, None)
             self.tensors[name] = tensor.detach() if value is None else self._beside(name, tensor, value)
-            self._seen[name] = (tensor, (*_state(tensor), now[-1]))
+            self._seen[name] = (tensor, _state(tensor), adapters)
         return changed
 
     def forget_layers(self) -> None:
@@ -118,9 +120,9 @@ class Sources:
             return
         parameter = self._seen[name][0]
         parameter.data = view
-        for other, (tensor, known) in list(self._seen.items()):
+        for other, (tensor, _, adapters) in list(self._seen.items()):
             if tensor is parameter:
-                self._seen[other] = (parameter, (*_state(parameter), known[-1]))
+                self._seen[other] = (parameter, _state(parameter), adapters)
                 self.tensors[other] = parameter.detach()
 
     def _leave(self, name: str, parameter: torch.Tensor) -> None:
@@ -154,7 +156,7 @@ class Sources:
     def movable(self) -> list[str]:
         """The parameters that have memory to themselves, each under the first of its names."""
         holders: dict[int, dict[int, str]] = {}
-        for name, (tensor, _) in self._seen.items():
+        for name, (tensor, *_) in self._seen.items():
             if _is_plain(tensor):
                 holders.setdefault(tensor.untyped_storage().data_ptr(), {}).setdefault(id(tensor), name)
         alone = [next(iter(names.values())) for names in holders.values() if len(names) == 1]

@@ -6,7 +6,7 @@ import itertools
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,17 +71,19 @@ class CudaExecutable:
         self.records = 0
         weakref.finalize(self, self._pool.forget, self._number).atexit = False
 
-    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def bind(self, weights: Mapping[str, torch.Tensor], changed: Collection[str] | None = None) -> bool:
         """Take the weights.  Where they stay at their addresses, recorded graphs stay valid."""
         self._weights = dict(weights)
         places = tuple((w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights.values())
-        if places != self._places:
+        moved = places != self._places
+        if moved:
             self._plans.clear()
             self._pool.forget(self._number)
         self._places = places
         if self._instead is not None:
             self._instead.bind(weights)
         self._compiled()
+        return moved
 
     def run(self, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
         if self.failed or not self._compiled():

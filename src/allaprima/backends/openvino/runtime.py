@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from ...errors import GraphError
 from ...graph import Graph, SizeSpec
+from ..base import INPUT_ROLES
 from .translate import Translator, element_type
 
 
@@ -33,6 +34,9 @@ class OpenVinoExecutable:
     share          let the model read the weights' own memory instead of a copy.  OpenVINO packs a weight when a size
                    first needs it, so an edit in place that no `bind` follows would give a mixture of old and new
     build_seconds  time of the last translation, bind_seconds of the last `bind` in all
+
+    Weights are constants, which OpenVINO packs for its kernels.  Matrices that change without the rest, as a LoRA
+    changes them, are inputs of the model from then on, so that the next change builds nothing.
     """
 
     def __init__(self, graph: Graph, *, dtype: torch.dtype, threads: int | None = None, share: bool = False) -> None:
@@ -45,24 +49,39 @@ class OpenVinoExecutable:
             self._config["INFERENCE_NUM_THREADS"] = threads
         self._share = share
         self._weights: dict[str, torch.Tensor] = {}
+        self._variable: list[str] = []
         self._request: Any = None
         self._lock = Lock()
 
-    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Translate the graph with these weights as constants, and compile it."""
+    def bind(self, weights: Mapping[str, torch.Tensor], changed: Collection[str] | None = None) -> bool:
+        """Translate the graph with these weights and compile it, unless all that changed is an input of the model."""
         started = time.perf_counter()
         with self._lock:
-            self._request = None  # it reads the copies that are about to be written
-            self._weights = _contiguous(weights) if self._share else _copied_weights(weights, self._weights)
-            copied = time.perf_counter()
-            translator = Translator(self.graph, lambda node, *rows: _constant(self._weights[node.name], *rows))
-            translator.translate()
-            if translator.failures:
-                raise GraphError(f"OpenVINO cannot run {'; '.join(translator.failures[:3])}.")
-            model = translator.model()
-            self.build_seconds = time.perf_counter() - copied
-            self._request = _core().compile_model(model, "CPU", self._config).create_infer_request()
+            new = set(weights) if changed is None or self._request is None else set(changed)
+            built = self._request is None or not new <= set(self._variable)
+            if built:
+                if self._request is not None and all(weights[name].dim() == 2 for name in new):
+                    self._variable = [p.name for p in self.graph.placeholders() if p.name in {*self._variable, *new}]
+                self._request = None  # it reads the copies that are about to be written
+            made = {name: weights[name] for name in new}
+            self._weights |= _contiguous(made) if self._share else _copied_weights(made, self._weights)
+            if built:
+                self._compile()
+            for index, name in enumerate(self._variable, len(self.graph.placeholders(*INPUT_ROLES))):
+                self._request.set_input_tensor(index, _shared(self._weights[name]))
         self.bind_seconds = time.perf_counter() - started
+        return built
+
+    def _compile(self) -> None:
+        started = time.perf_counter()
+        weight = lambda node, *rows: _constant(self._weights[node.name], *rows)  # noqa: E731
+        translator = Translator(self.graph, weight, self._variable)
+        translator.translate()
+        if translator.failures:
+            raise GraphError(f"OpenVINO cannot run {'; '.join(translator.failures[:3])}.")
+        model = translator.model()
+        self.build_seconds = time.perf_counter() - started
+        self._request = _core().compile_model(model, "CPU", self._config).create_infer_request()
 
     def run(self, inputs: Sequence[torch.Tensor | int]) -> list[Any]:
         with self._lock:

@@ -8,7 +8,7 @@ for each expression.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -48,12 +48,16 @@ def parameter_for(spec: TensorSpec | SizeSpec, name: str) -> Any:
 class Translator:
     """Holds what has been translated so far.  Entries of the operator table see it as `t`.
 
+    weight     (placeholder, first row, last row) -> what stands for a weight, or for some of its rows
+    variable   names of weights that are inputs of the model, after the graph's own and in the graph's order
     node       the call being translated
     """
 
-    def __init__(self, graph: Graph, weight: Callable[..., Output]) -> None:
+    def __init__(self, graph: Graph, weight: Callable[..., Output], variable: Collection[str] = ()) -> None:
         self.graph = graph
         self.parameters: list[Any] = []
+        self.variable = {node.name: node for node in graph.placeholders() if node.name in variable}
+        self._variables = {name: parameter_for(node.meta["spec"], name) for name, node in self.variable.items()}
         self.values: dict[Node, Any] = {}
         self.failures: list[str] = []
         self.node: Node = graph.output
@@ -86,6 +90,8 @@ class Translator:
         return node not in self.values and not isinstance(node.meta.get("spec"), SizeSpec)
 
     def _placeholder(self, node: Node) -> Any:
+        if node.name in self.variable:
+            return self._variables[node.name].output(0)
         if node.meta["role"] not in ("input", "size"):
             return self._weight(node)
         parameter = parameter_for(node.meta["spec"], node.name)
@@ -124,7 +130,7 @@ class Translator:
                 continue
             value = self._value(result)
             results.append(op.result(self.constant(value, ov.Type.i64) if isinstance(value, int) else value))
-        return ov.Model(results, self.parameters, "stage")
+        return ov.Model(results, [*self.parameters, *self._variables.values()], "stage")
 
     # ---- values ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +175,10 @@ class Translator:
 
     def rows(self, weight: Node, start: int, stop: int) -> Output:
         """Rows of a weight."""
-        return self._weight(weight, start, stop)
+        if weight.name not in self.variable:
+            return self._weight(weight, start, stop)
+        bounds = (self.ints([number]) for number in (start, stop, 1, 0))
+        return op.slice(self.values[weight], *bounds).output(0)
 
     def cast(self, value: Any, dtype: Any) -> Output:
         """The value as a tensor of another element type; numbers become constants."""
