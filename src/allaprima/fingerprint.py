@@ -27,7 +27,7 @@ _MODULE_STATE = {
 }  # parameters, buffers, hooks: looked at one by one below
 _BOOKKEEPING = {
     "_name_or_path", "name_or_path", "_use_default_values", "_diffusers_version", "transformers_version",
-    "architectures", "torch_dtype", "dtype",
+    "architectures", "torch_dtype", "dtype", "_class_name",
 }  # fmt: skip
 """Entries of configurations that say where a model came from; the parameters' dtypes are part of the key anyway."""
 _ORIGIN = {"name_or_path", "_weight_conversions"}

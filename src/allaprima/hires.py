@@ -6,7 +6,6 @@ Both passes run on the same engines, and the larger size is one more size: nothi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ def _latent_size(pipe: Any, latents: torch.Tensor, scale: Any, size: tuple[int, 
         if height % pixels or width % pixels or min(size) <= 0:
             raise SizeError(f"size {width}x{height}: width and height are multiples of {pixels}.")
         return height // pixels, width // pixels
-    if not isinstance(scale, Real) or not 0 < scale < 64:
+    if not isinstance(scale, int | float) or not 0 < scale < 64:
         raise InputError(f"scale is {scale!r}; allowed is a number above 0 and below 64.")
     height, width = (max(1, int(side * pixels * scale) // pixels) for side in latents.shape[-2:])
     return height, width

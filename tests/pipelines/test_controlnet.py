@@ -84,6 +84,7 @@ def test_another_hint_and_no_guidance(one: Any) -> None:
     assert difference(first, other) > 1e-4
 
 
+@pytest.mark.slow
 def test_guess_mode_is_a_signature_of_its_own(one: Any) -> None:
     same_as_eager(one, **hint(64, 64), guess_mode=True)
     before = captures(one)

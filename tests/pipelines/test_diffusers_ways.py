@@ -113,7 +113,7 @@ def test_a_controlnet_joins_later(sd: Any, cache: Path) -> None:
 # ---- the decoder in parts
 
 
-@pytest.mark.parametrize("sizes", [(64, 64), (200, 136)])
+@pytest.mark.parametrize("sizes", [(64, 64), pytest.param((200, 136), marks=pytest.mark.slow)])
 def test_tiles_and_slices(sd: Any, sizes: tuple[int, int]) -> None:
     draw(sd, **size(64, 64))
     draw(ap.pipelines.as_task(sd, "img2img"), **start(64, 64))
@@ -176,7 +176,7 @@ def files(folder: Path) -> Iterator[tuple[str, bytes]]:
     return ((str(path.relative_to(folder)), path.read_bytes()) for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-@pytest.mark.parametrize("build", [tiny_xl_pipeline, tiny_controlnet_pipeline])
+@pytest.mark.parametrize("build", [tiny_xl_pipeline, pytest.param(tiny_controlnet_pipeline, marks=pytest.mark.slow)])
 def test_a_saved_folder_is_a_plain_pipelines(build: Any, cache: Path, tmp_path: Path) -> None:
     pipe = build()
     options = {"image": picture(64, 64)} if build is tiny_controlnet_pipeline else size(64, 64)
@@ -184,7 +184,10 @@ def test_a_saved_folder_is_a_plain_pipelines(build: Any, cache: Path, tmp_path: 
     pipe.save_pretrained(tmp_path / "plain")
     ap.optimize(pipe, Config(backend="aten", cache_dir=cache))
     draw(pipe, **options)
+    before = captures(pipe)
     pipe.save_pretrained(tmp_path / "optimized")
+    draw(pipe, **options)
+    assert captures(pipe) == before, "diffusers writes its class into the configuration when it saves"
     assert list(files(tmp_path / "plain")) == list(files(tmp_path / "optimized"))
     loaded = ap.load(tmp_path / "optimized", dtype="float32", device="cpu")
     assert type(loaded) is type(pipe)
@@ -206,6 +209,7 @@ def test_a_pickle_is_a_plain_pipeline(sd: Any) -> None:
     assert difference(before, draw(twin, **size(64, 64))) < 2e-4
 
 
+@pytest.mark.slow
 def test_another_dtype_and_back(xl: Any) -> None:
     before = draw(xl, **size(64, 64))
     xl.to(torch.bfloat16)

@@ -95,6 +95,7 @@ def test_without_a_picture(pipe: Any) -> None:
     same_as_eager(pipe, **shown(64, 64))
 
 
+@pytest.mark.slow
 def test_two_adapters(cache: Path) -> None:
     pipe = ap.optimize(tiny_ip_pipeline(num_adapters=2), Config(backend="aten", cache_dir=cache))
     same_at_all_sizes(pipe, lambda h, w: size(h, w) | {"ip_adapter_image": [picture(50, 60), picture(64, 64, 1)]})

@@ -72,6 +72,7 @@ def test_inpainting(xl: Any) -> None:
     same_at_all_sizes(as_task(xl, "inpaint"), repainted)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
 def test_half_precision_with_the_decoder_in_float32(cache: Path) -> None:
     """diffusers casts SDXL's VAE to float32 to decode and back: nothing is captured twice for that."""
@@ -89,6 +90,7 @@ def test_on_openvino(cache: Path) -> None:
     same_at_all_sizes(pipe, size, [(64, 64, 1), (72, 88, 2)])
 
 
+@pytest.mark.slow
 def test_the_refiner(cache: Path) -> None:
     pipe = ap.optimize(tiny_refiner(), Config(backend="aten", cache_dir=cache))
     assert "text_encoder" not in engines(pipe)
@@ -98,6 +100,7 @@ def test_the_refiner(cache: Path) -> None:
     assert captures(pipe) == before
 
 
+@pytest.mark.slow
 def test_base_and_refiner_share_the_steps(xl: Any, cache: Path) -> None:
     """An ensemble of experts: the base stops early, the refiner goes on from its latents."""
     refiner = ap.optimize(tiny_refiner(), Config(backend="aten", cache_dir=cache))
