@@ -122,7 +122,8 @@ class _Describer:
             return {k: str(v) for k, v in sorted(settings.items()) if k not in _BOOKKEEPING}
         if isinstance(value, dict):
             known = _BOOKKEEPING if type(value).__name__ == "FrozenDict" else ()  # a configuration of diffusers
-            return {str(k): self.text(v, depth) for k, v in value.items() if k not in known}
+            entries = ((str(k), v) for k, v in value.items() if k not in known)
+            return {k: self.text(v, depth) for k, v in sorted(entries, key=lambda entry: entry[0])}
         if isinstance(value, list | tuple):
             return [self.text(v, depth) for v in value]
         if isinstance(value, set | frozenset):

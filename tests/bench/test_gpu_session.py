@@ -69,7 +69,7 @@ def test_every_command_is_one_that_there_is(monkeypatch: pytest.MonkeyPatch, rep
     from typer.testing import CliRunner
 
     from allaprima.backends.cuda import warming
-    from allaprima.bench import command, first, operators, profiling
+    from allaprima.bench import changes, command, first, operators, profiling
 
     asked: list[Options] = []
     monkeypatch.setattr(command, "run", asked.append)
@@ -87,7 +87,8 @@ def test_every_command_is_one_that_there_is(monkeypatch: pytest.MonkeyPatch, rep
                 assert done.exit_code == 0, done.output
             else:
                 main = {
-                    "allaprima.bench.first": first, "allaprima.bench.operators": operators,
+                    "allaprima.bench.changes": changes, "allaprima.bench.first": first,
+                    "allaprima.bench.operators": operators,
                     "allaprima.bench.profiling": profiling, "allaprima.backends.cuda.warming": warming,
                 }[module].main  # fmt: skip
                 with pytest.raises(SystemExit) as ended:

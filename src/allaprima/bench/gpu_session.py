@@ -115,6 +115,7 @@ SECTIONS = (
         ),
         fresh=True,
     ),
+    Section("changes", "LoRAs and checkpoints exchanged", 240, ("allaprima.bench.changes ARCH --size 512x512",)),
     Section(
         "profile",
         "each operator's time beside its floor",
@@ -232,8 +233,10 @@ def summary(folder: Path) -> list[str]:
     """What the issue asks for, in lines: times beside eager's, errors beside eager's, first pictures, memory."""
     lines = [json.loads(x) for x in _lines(folder / "bench.jsonl")]
     found = [*_times(lines), *_errors(lines), *_per_gflop(lines)]
-    firsts = [json.loads(x) for x in _lines(folder / "log.txt") if x.startswith('{"kind": "first"')]
-    return found + [text for first in firsts for text in _first(first)]
+    log = _lines(folder / "log.txt")
+    for kind, told in (("first", _first), ("changes", _changes)):
+        found += [text for x in log if x.startswith(f'{{"kind": "{kind}"') for text in told(json.loads(x))]
+    return found
 
 
 def _lines(path: Path) -> list[str]:
@@ -288,6 +291,21 @@ def _first(x: dict[str, Any]) -> Iterator[str]:
             f"{x['variant']} {size['size']}: pictures {one:.2f} {two:.2f} {three:.2f} s, new size +{more:.2f} s, "
             f"peak {size['peak_bytes'] / 1e9:.2f} GB"
         )
+
+
+def _changes(x: dict[str, Any]) -> Iterator[str]:
+    loras, switch = x["loras"], x["switch"]
+    steps = ", ".join(f"{count} LoRAs {step_ms:.2f}" for count, step_ms in loras["step_ms"].items())
+    theirs = x["diffusers"]["ours"]["step_ms"]
+    yield f"changes at {x['size']}: {x['captures']} captures; step in ms: {steps}, diffusers' LoRA {theirs:.2f}"
+    yield "ap.loras, ms: " + ", ".join(
+        f"{name} {loras[name + '_s'] * 1e3:.0f}" for name in ("first", "another", "weight", "all", "none")
+    )
+    for who, calls in x["diffusers"].items():
+        shown = ", ".join(f"{name} {calls[name + '_s'] * 1e3:.0f}" for name in ("load", "weight", "unload"))
+        yield f"diffusers' calls, {who}, ms: {shown}"
+    for name in ("page_cache", "pool"):
+        yield f"switch from {name}, s: " + ", ".join(f"{seconds:.2f}" for seconds in switch[f"{name}_s"])
 
 
 def chosen(names: str | None) -> list[Section]:
