@@ -27,6 +27,7 @@ from .engine import Engine, Profile, gather_parameters
 from .errors import AllaprimaError, ConfigError, InputError, SchedulerError, SizeError
 from .notices import quiet_import
 from .numerics import NumericsGuard
+from .prompts import forget
 from .schedulers import SCHEDULERS, set_scheduler
 from .weights.checkpoints import load
 
@@ -121,6 +122,9 @@ def rebind(target: Any) -> Any:
     """Read all weights again: needed only after writes through `tensor.data`, which leave no trace.  returns target."""
     for engine in engines(target).values():
         engine.rebind()
+    optimized = None if isinstance(target, nn.Module) else state(target)
+    for pipe in optimized.twins if optimized else [target]:
+        forget(pipe)
     return target
 
 

@@ -361,11 +361,12 @@ def test_eager_and_optimized_embeddings_are_not_mixed() -> None:
     assert cache(pipe).misses > misses
 
 
-def test_writes_without_a_trace_need_forget() -> None:
+@pytest.mark.parametrize("again", [forget, ap.rebind])
+def test_writes_without_a_trace_need_forget_or_rebind(again: Any) -> None:
     pipe = tiny.tiny_pipeline()
     before = encode(pipe, "a", steps=STEPS).prompt_embeds
     pipe.text_encoder.final_layer_norm.weight.data.mul_(2)
-    forget(pipe)
+    again(pipe)
     assert not torch.equal(encode(pipe, "a", steps=STEPS).prompt_embeds, before)
 
 
