@@ -109,6 +109,27 @@ def test_every_call_of_diffusers(pipe: Any) -> None:
     assert ap.explain(pipe).adapters == {}
 
 
+def test_fusing_is_noticed_though_nothing_was_drawn_before(pipe: Any) -> None:
+    """PEFT writes to the base through `.data`, which leaves no trace there."""
+    plain = draw(pipe)
+    load(pipe)
+    pipe.fuse_lora()
+    first = assert_as_eager(pipe)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert difference(assert_as_eager(pipe), plain) < NEAR, "fusing and unfusing rounds"
+    load(pipe, seed=1)
+    pipe.fuse_lora()
+    second = assert_as_eager(pipe)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    load(pipe, seed=2)
+    pipe.fuse_lora()
+    third = assert_as_eager(pipe)
+    for one, other in [(plain, first), (first, second), (second, third)]:
+        assert difference(one, other) > 1e-3
+
+
 def test_the_scale_of_a_call(pipe: Any) -> None:
     load(pipe)
     full = assert_as_eager(pipe)

@@ -145,9 +145,23 @@ def state(tuner: Any, scale: float) -> tuple[Any, ...] | None:
     found = in_force(tuner)
     if not found:
         return None
-    own = [(t.data_ptr(), 0 if t.is_inference() else t._version) for n in found for t in _own_tensors(tuner, n)]
     scaling = tuner.__dict__.get("scaling", {})
-    return (*found, _rounded([scaling.get(name, 1.0) for name in found] + [scale]), *own)
+    return (*found, _rounded([scaling.get(name, 1.0) for name in found] + [scale]), *_marks(tuner, found))
+
+
+def inside(tuner: Any) -> tuple[Any, ...] | None:
+    """Which adapters' changes are in the base's own numbers; None where none are.  PEFT writes them there through
+    `.data`, which leaves no trace in the base."""
+    names = tuple(tuner.__dict__.get("merged_adapters", ()))
+    if not names:
+        return None
+    scaling = tuner.__dict__.get("scaling", {})
+    return (*names, _rounded([scaling.get(name, 1.0) for name in names]), *_marks(tuner, names))
+
+
+def _marks(tuner: Any, names: Iterable[str]) -> list[tuple[int, int]]:
+    """Where the adapters' tensors lie, and their versions."""
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for n in names for t in _own_tensors(tuner, n)]
 
 
 def _own_tensors(tuner: Any, name: str) -> Iterator[torch.Tensor]:

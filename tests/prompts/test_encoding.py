@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -346,6 +348,21 @@ def test_what_changes_the_encoder_changes_the_embedding(change: str) -> None:
     after = encode(pipe, "a <a>", steps=STEPS).prompt_embeds
     assert after.dtype != before.dtype or not torch.equal(after, before)
     assert torch.equal(after, raw(pipe, "a <a>"))
+
+
+def test_an_encoder_that_comes_back_has_its_own_embeddings() -> None:
+    pipe = tiny.tiny_pipeline()
+    own, other = pipe.text_encoder, tiny.tiny_clip(seed=5)
+    before = encode(pipe, "a", steps=STEPS).prompt_embeds
+    pipe.text_encoder = other
+    between = encode(pipe, "a", steps=STEPS).prompt_embeds
+    pipe.text_encoder = own
+    assert torch.equal(encode(pipe, "a", steps=STEPS).prompt_embeds, before)
+    assert not torch.equal(between, before)
+    leaving = weakref.ref(other)
+    del other
+    gc.collect()
+    assert leaving() is None, "an encoder that left is not kept alive"
 
 
 def test_eager_and_optimized_embeddings_are_not_mixed() -> None:

@@ -22,14 +22,15 @@ class EmbeddingCache:
         self.max_bytes, self.hits, self.misses = max_bytes, 0, 0
         self._entries: OrderedDict[Hashable, Tensors] = OrderedDict()
         self._bytes = 0
-        self._states: dict[int, _State] = {}
+        self._states: dict[str, _State] = {}
 
-    def get(self, module: nn.Module, key: Hashable) -> Tensors | None:
-        """What was kept under this key, if nothing about the module has changed since; else all is dropped."""
-        state = self._states.get(id(module))
+    def get(self, name: str, module: nn.Module, key: Hashable) -> Tensors | None:
+        """What was kept under this key, if the text encoder of this name is the one that it was; else all is
+        dropped."""
+        state = self._states.get(name)
         if state is None or not state.unchanged(module):
             self._clear()
-            self._states[id(module)] = _State(module)
+            self._states[name] = _State(module)
         found = self._entries.get(key)
         self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
         if found is not None:

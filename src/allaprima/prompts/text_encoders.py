@@ -89,7 +89,7 @@ class TextEncoders:
         forward = module.__dict__.get("forward")
         how = (self.clip_skip, self.emphasis, self.lora_scale, str(self.device), getattr(forward, "bypassed", None))
         key = (name, tuple(map(tuple, rows)), counts, how)
-        found = self._cache.get(module, key)
+        found = self._cache.get(name, module, key)
         if found is None:
             found = self._encode(module, vocabulary, rows, counts)
             self._cache.put(key, found)

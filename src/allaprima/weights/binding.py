@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 
 from ..graph import Graph, aten
 from ..stage import Program, Stage, Time
-from ..tuners import merged, peeled, state, unmerge_what_is_off
+from ..tuners import inside, merged, peeled, state, unmerge_what_is_off
 from .gathering import LEAST_BYTES, PORTION_BYTES, Unit, gather
 
 
@@ -53,17 +53,18 @@ class Sources:
         for tuner in self._tuners.values():
             unmerge_what_is_off(tuner)
         states = {path: state(tuner, self.scale) for path, tuner in self._tuners.items()}
+        insides = {path: inside(tuner) for path, tuner in self._tuners.items()}
         made: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in parameters.items():
             path, _, key = name.rpartition(".")
             # `module.to(...)` keeps the Parameter and its version, and gives it other storage.
-            now, adapters = _state(tensor), states.get(path)
-            known, state_then, adapters_then = self._seen.get(name, (None, None, None))
-            same = known is tensor and state_then == now
+            now, adapters = _state(tensor), (states.get(path), insides.get(path))
+            known, state_then, adapters_then = self._seen.get(name, (None, None, (None, None)))
+            same = known is tensor and state_then == now and adapters_then[1] == adapters[1]
             if same and adapters_then == adapters:
                 self.tensors[name] = before[name] if name in self._adapted else tensor.detach()
                 continue
-            if adapters is not None and path not in made:
+            if adapters[0] is not None and path not in made:
                 made[path] = self._merged(self._tuners[path])
             value = made.get(path, {}).pop(key, None)
             if not same or value is not None or name in self._adapted:
