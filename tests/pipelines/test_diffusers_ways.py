@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,13 +87,16 @@ def test_from_pipe_may_be_optimized_as_well(xl: Any, cache: Path) -> None:
     same_as_eager(xl, **size(64, 72))
 
 
-def test_a_pipeline_whose_first_form_is_gone_keeps_its_schedule(sd: Any) -> None:
-    twin = AutoPipelineForImage2Image.from_pipe(sd)
+def test_a_pipeline_whose_first_form_is_gone_keeps_its_schedule(cache: Path) -> None:
+    pipe = tiny_pipeline()
+    pipe.unet = tiny_unet(**TWO_LEVELS)
+    twin = AutoPipelineForImage2Image.from_pipe(ap.optimize(pipe, Config(backend="aten", cache_dir=cache)))
     twin.set_progress_bar_config(disable=True)
     draw(twin, **start(64, 64))
-    engine = engines(sd)["unet"]
-    del sd
+    engine, gone = engines(pipe)["unet"], weakref.ref(pipe)
+    del pipe
     gc.collect()
+    assert gone() is None
     runs = engine.events.stage_runs["SCHEDULE"]
     draw(twin, **start(64, 64) | {"strength": 1.0, "num_inference_steps": 5})
     assert engine.events.stage_runs["SCHEDULE"] == runs + 1
