@@ -366,26 +366,19 @@ def _check_pictures(pipe: Any, parameters: Mapping[str, Any], given: Mapping[str
 
 
 def _check_offloading(pipe: Any) -> None:
-    """Offloading takes the weights away after each call, while engines keep theirs at their addresses."""
+    """Offloading takes the weights away after each call, while engines keep theirs at their addresses.
+
+    accelerate hooks a part as a whole too, whatever it hooks inside.  A hook of somebody else's inside makes the part
+    run eagerly.
+    """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    hooked = [name for name, module in modules.items() if _moves_weights(module)]
+    hooked = [name for name, module in modules.items() if module.__dict__.get("_hf_hook") is not None]
     if hooked:
         raise ConfigError(
             f"{', '.join(hooked)} of this pipeline: the weights are offloaded (enable_model_cpu_offload, "
             "enable_sequential_cpu_offload or device_map), and an optimized pipeline keeps them on one device. Call "
             "pipe.remove_all_hooks() and pipe.to(device); to save memory, pipe.vae.enable_tiling()."
         )
-
-
-def _moves_weights(module: nn.Module) -> bool:
-    """Whether accelerate hooked a part of a module.  At every picture: a tenth of what `modules()` takes."""
-    waiting = [module]
-    while waiting:
-        held = waiting.pop().__dict__
-        if held.get("_hf_hook") is not None:
-            return True
-        waiting.extend(part for part in held["_modules"].values() if part is not None)
-    return False
 
 
 def _with_clip_skip(pipe: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
