@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -176,6 +177,37 @@ def test_a_folder_with_weights_of_another_architecture(folder: Path, tmp_path: P
     config.write_text(json.dumps(settings | {"block_out_channels": [64, 64, 64]}))
     with pytest.raises(CheckpointError):
         ap.load(broken)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_folder_that_lacks_a_tensor(folder: Path, tmp_path: Path, part: str) -> None:
+    """diffusers and transformers would draw random numbers for it."""
+    broken = copy_of(folder, tmp_path)
+    (file,) = (broken / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{part} lacks weights .* 1 in all, among them {part}.{name}"):
+        ap.load(broken, device="cpu")
+
+
+def test_a_folder_with_a_tensor_too_many_says_so(folder: Path, tmp_path: Path) -> None:
+    odd = copy_of(folder, tmp_path)
+    (file,) = (odd / "text_encoder").glob("*.safetensors")
+    save_file(load_file(file) | {"stray.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"not used, for want of a place: stray\.weight"):
+        ap.load(odd, device="cpu")
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_folder_that_was_saved_with_adapters_in_it(tmp_path: Path, part: str) -> None:
+    pipe = tiny_pipeline()
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "q_proj"])
+    getattr(pipe, part).add_adapter(config, "ink")
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"saved with adapters of PEFT in it: .*unload_lora_weights"):
+        ap.load(tmp_path, device="cpu")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

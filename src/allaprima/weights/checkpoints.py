@@ -6,8 +6,7 @@ Only safetensors are read, never pickles, and each file is checked before diffus
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,18 @@ from ..alt_diffusion import load_alt_diffusion
 from ..errors import CheckpointError, ConfigError, UnknownModelError
 from ..models import EMBEDDED, load_embedded
 from ..notices import quiet_import
-from .contents import Checkpoint, Component, build, model_index, module_folder, of_embedded, of_folder
+from .contents import (
+    SAVED_WITH_ADAPTERS,
+    Checkpoint,
+    Component,
+    build,
+    fitted,
+    model_index,
+    module_folder,
+    named_tensors,
+    of_embedded,
+    of_folder,
+)
 from .hub import is_hub_id, snapshot, variant_of
 from .single_file import of_part, of_single_file
 from .soundness import HOW_TO_CONVERT, check_safetensors, refuse_pickle
@@ -67,13 +77,42 @@ def load(
         folder = Path(config).expanduser() if config is not None else None
         return assemble(with_parts(of_single_file(path, ema=ema, config=folder), swaps), number, place)
     pipe = _open(str(source), number)
+    checkpoint = _known(source)
+    if checkpoint is not None and str(source) not in EMBEDDED:
+        _check_whole(pipe, [part for name, part in checkpoint.modules.items() if name not in swaps])
     if swaps:
-        checkpoint = with_parts(open_checkpoint(source), swaps)
+        checkpoint = with_parts(checkpoint or open_checkpoint(source), swaps)
         pipe.register_modules(**{name: build(checkpoint.modules[name], number, place) for name in swaps})
     pipe.to(place)
-    with suppress(CheckpointError):  # classes that are not known by name have no origin, and are written anew
-        _remember(pipe, checkpoint if swaps else open_checkpoint(source))
+    if checkpoint is not None:
+        _remember(pipe, checkpoint)
     return pipe
+
+
+def _known(source: str | Path) -> Checkpoint | None:
+    """None for classes that are not known by name: they have no origin, and are written anew at a switch."""
+    try:
+        return open_checkpoint(source)
+    except CheckpointError:
+        return None
+
+
+def _check_whole(pipe: Any, parts: Iterable[Component]) -> None:
+    """diffusers and transformers draw numbers for weights that a folder lacks, and tell it a log that nobody reads.
+
+    Warns of tensors that have no place.
+    raises   CheckpointError
+    """
+    for component in parts:
+        module = pipe.components.get(component.name)
+        if isinstance(module, component.kind) and "quantization_config" not in component.config:
+            fitted(component, _by_one_name(named_tensors(module), component.read().keys()))
+
+
+def _by_one_name(tensors: Mapping[str, Any], preferred: Collection[str]) -> dict[str, Any]:
+    """Of two names for one tensor the one that the file knows."""
+    here = {id(tensor): name for name, tensor in tensors.items() if name in preferred}
+    return {name: tensor for name, tensor in tensors.items() if here.get(id(tensor), name) == name}
 
 
 def open_checkpoint(source: str | Path, *, ema: bool = False) -> Checkpoint:
@@ -189,6 +228,8 @@ def _folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
         raise CheckpointError(
             f"{path} holds no .safetensors weights; pickled weights are not read. {HOW_TO_CONVERT.format(path)}."
         )
+    if adapters := sorted(path.glob("*/adapter_config.json")):
+        raise CheckpointError(f"{adapters[0].parent} holds an adapter in place of weights. {SAVED_WITH_ADAPTERS}")
     for file in files:
         check_safetensors(file)
     variants = {variant_of(file.name) for file in files}

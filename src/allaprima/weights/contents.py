@@ -61,6 +61,10 @@ OF_NO_EFFECT = {
     "transformers_version",
 }
 ALT_ENCODERS = ("AltTextEncoder", "RobertaSeriesModelWithTransformation")
+SAVED_WITH_ADAPTERS = (
+    "It was saved with adapters of PEFT in it: save it again after pipe.unload_lora_weights(), and pipe.fuse_lora() "
+    "before that if they are to stay."
+)
 OPTIONAL = re.compile(r"^pooler\.")
 """BERT's pooler: no pipeline reads it, and many files lack it."""
 
@@ -313,8 +317,9 @@ def fitted(component: Component, wanted: Tensors) -> dict[str, torch.Tensor]:
     other = [n for n, t in found.items() if t.shape != wanted[n].shape or not _same_kind(t, wanted[n])]
     if missing:
         full = ", ".join(f"{component.name}.{name}" for name in missing[:3])
+        hint = f" {SAVED_WITH_ADAPTERS}" if any(".base_layer." in name for name in spare) else ""
         raise CheckpointError(
-            f"{component.where} lacks weights of this architecture, {len(missing)} in all, among them {full}."
+            f"{component.where} lacks weights of this architecture, {len(missing)} in all, among them {full}.{hint}"
         )
     if other:
         full = ", ".join(f"{component.name}.{n} {list(found[n].shape)} for {list(wanted[n].shape)}" for n in other[:3])
