@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -443,6 +444,15 @@ def test_loras_of_another_architecture_are_told() -> None:
     assert ap.loras(pipe)["sketch"].weights == {"unet": 1.0}
     ap.loras(pipe, {})
     assert_holds(pipe, state(ap.load("emoji-zh", dtype="float32", device="cpu")))
+
+
+def test_adapters_of_diffusers_that_are_lost_are_told(home: Path) -> None:
+    pipe = ap.load(home / "one", dtype="float32", device="cpu")
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), "ink")
+    pipe.text_encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]), "ink")
+    with pytest.warns(UserWarning, match=r"left behind .* ink \(unet\)"):
+        ap.switch(pipe, home / "wide")
+    assert pipe.text_encoder.active_adapters() == ["ink"]
 
 
 # ---- the pool

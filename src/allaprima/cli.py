@@ -309,7 +309,9 @@ def parse_lora(text: str) -> tuple[str, float]:
     except ValueError:
         value = float("nan")
     if not name or not abs(value) <= 100:
-        raise AdapterError(f"--lora {text!r} is not understood: give NAME:WEIGHT, for example crayon:0.8.")
+        raise AdapterError(
+            f"--lora {text!r} is not understood: give NAME:WEIGHT, for example crayon:0.8; weights go from -100 to 100."
+        )
     return name, value
 
 

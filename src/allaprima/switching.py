@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .errors import CheckpointError, ConfigError
 from .merging import Loras, loras, reapply
 from .notices import quiet_import
 from .pipelines import engines, optimize, restore, share, state
+from .tuners import layers_in_force
 from .weights.checkpoints import new_pipeline, open_checkpoint, with_parts
 from .weights.contents import Checkpoint, build
 from .weights.pool import Pool
@@ -139,7 +140,7 @@ def _exchange(pipe: Any, checkpoint: Checkpoint, writes: Mapping[str, Write | No
     kept = {name: one for name, one in writes.items() if one is not None}
     changed = {name: component for name, component in checkpoint.modules.items() if name not in kept}
     new = {name: build(component, _dtype(pipe, name), torch.device("cpu")) for name, component in changed.items()}
-    left = loras(pipe)
+    left, adapters = loras(pipe), _adapters(pipe, _modules_of(pipe).keys() - kept.keys())
     if kept:
         _write(pipe, list(kept.values()), {})
     parts = {**{name: one.module for name, one in kept.items()}, **new, **others}
@@ -164,7 +165,7 @@ def _exchange(pipe: Any, checkpoint: Checkpoint, writes: Mapping[str, Write | No
         for one in sharing:
             if one is not pipe:
                 share(pipe, one)
-    _tell_of_lost(left, loras(pipe))
+    _tell_of_lost(left, loras(pipe), adapters)
     return pipe
 
 
@@ -176,10 +177,21 @@ def _released(pipe: Any) -> tuple[Config | None, list[Any]]:
     return (optimized.config if optimized is not None else None), sharing
 
 
-def _tell_of_lost(before: Loras, after: Loras) -> None:
+def _adapters(pipe: Any, names: Iterable[str]) -> dict[str, set[str]]:
+    """PEFT's adapters, and in which of these parts they are."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        for adapter in layers_in_force(pipe.components[name]):
+            found.setdefault(adapter, set()).add(name)
+    return found
+
+
+def _tell_of_lost(before: Loras, after: Loras, adapters: Mapping[str, set[str]]) -> None:
     parts = {
         name: lora.weights.keys() - (after[name].weights if name in after else {}) for name, lora in before.items()
     }
+    for name, places in adapters.items():
+        parts[name] = parts.get(name, set()) | places
     if lost := [f"{name} ({', '.join(sorted(gone))})" for name, gone in parts.items() if gone]:
         warnings.warn(f"LoRAs were left behind with the parts that were exchanged: {', '.join(lost)}.", stacklevel=4)
 
