@@ -273,7 +273,9 @@ def test_prompts_without_syntax_draw_what_diffusers_draws_to_the_bit(
 
 
 def test_prompts_are_read_in_a1111s_syntax(pipelines: stand_ins.Pipelines) -> None:
-    asked = dataclasses.replace(FAST, prompts=("cat", "(cat:1.5)", "[cat:a green house on a hill:1]", "cat AND dog", "cat :0.5"))
+    asked = dataclasses.replace(
+        FAST, prompts=("cat", "(cat:1.5)", "[cat:a green house on a hill:1]", "cat AND dog", "cat :0.5")
+    )
     drawn = pictures(pipelines, asked)
     cats = plain_diffusers(pipelines.pipe, asked, ["cat"] * 5)
     differences = [difference(picture.image, Image.fromarray(cat)) for picture, cat in zip(drawn, cats, strict=True)]
