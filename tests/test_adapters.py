@@ -126,7 +126,13 @@ def test_fusing_is_noticed_though_nothing_was_drawn_before(pipe: Any) -> None:
     load(pipe, seed=2)
     pipe.fuse_lora()
     third = assert_as_eager(pipe)
-    for one, other in [(plain, first), (first, second), (second, third)]:
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    load(pipe, seed=3)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fourth = assert_as_eager(pipe)
+    for one, other in [(plain, first), (first, second), (second, third), (third, fourth)]:
         assert difference(one, other) > 1e-3
 
 

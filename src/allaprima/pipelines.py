@@ -283,6 +283,8 @@ def _wrap_methods(pipe: Any, optimized: Optimized) -> None:
     guard = optimized.guard
     _wrap(pipe, "check_inputs", functools.partial(_checked, pipe, optimized), optimized)
     _wrap(pipe, "encode_prompt", functools.partial(_with_clip_skip, pipe), optimized)
+    for name in ("fuse_lora", "unfuse_lora"):
+        _wrap(pipe, name, functools.partial(_rebound, pipe), optimized)
     if hasattr(pipe, "image_processor"):
         _wrap(pipe.image_processor, "postprocess", functools.partial(_postprocessed, guard), optimized)
 
@@ -379,6 +381,14 @@ def _check_offloading(pipe: Any) -> None:
             "enable_sequential_cpu_offload or device_map), and an optimized pipeline keeps them on one device. Call "
             "pipe.remove_all_hooks() and pipe.to(device); to save memory, pipe.vae.enable_tiling()."
         )
+
+
+def _rebound(pipe: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """PEFT writes a fused adapter through `.data`, and once it is unloaded nothing tells of it."""
+    try:
+        return original(*args, **kwargs)
+    finally:
+        rebind(pipe)
 
 
 def _with_clip_skip(pipe: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
