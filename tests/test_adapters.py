@@ -249,6 +249,24 @@ def test_what_is_no_change_of_weights_runs_eagerly_and_says_so(private_cache: Pa
     assert reason.startswith("unet: an adapter that is no change of weights (Conv2d cannot be merged")
 
 
+@pytest.mark.parametrize("pipe", ["aten", "in place"], indirect=True)
+def test_what_cannot_be_merged_is_never_forgotten(pipe: Any) -> None:
+    """Looked at again because something else changed, it must not pass for what was seen before."""
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False, lora_bias=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own: these layers have no bias that it could be merged into
+        pipe.unet.add_adapter(config, "ink")
+    for _ in range(3):
+        drawn = draw(pipe)
+        with eager(pipe):
+            assert difference(drawn, draw(pipe)) < NEAR
+        with torch.no_grad():
+            pipe.unet.conv_in.bias.add_(0.01)
+    (reason,) = ap.explain(pipe).fallbacks
+    assert reason.startswith("unet: an adapter that is no change of weights")
+    assert ap.explain(pipe).fallbacks[reason] == 3
+
+
 def test_on_a_processor_only_the_first_of_many_changes_builds() -> None:
     """LoRAs of matrices; the stages of step and prompt read some."""
     pipe = ap.optimize(tiny_pipeline(), Config(backend="openvino"))

@@ -25,6 +25,9 @@ from ..stage import Program, Stage, Time
 from ..tuners import inside, merged, peeled, state, unmerge_what_is_off
 from .gathering import LEAST_BYTES, PORTION_BYTES, Unit, gather
 
+_UNMERGEABLE: dict[str, torch.Tensor] = {}
+"""Stands for what a layer's adapters change where they cannot be merged."""
+
 
 class Sources:
     """A module's parameters and buffers by name, with adapters merged into them, and which changed since the last look.
@@ -66,7 +69,7 @@ class Sources:
                 continue
             if adapters[0] is not None and path not in made:
                 made[path] = self._merged(self._tuners[path])
-            value = made.get(path, {}).pop(key, None)
+            value = made.get(path, {}).get(key)
             if not same or value is not None or name in self._adapted:
                 changed.add(name)
             if known is not None and known is not tensor:
@@ -75,7 +78,8 @@ class Sources:
             if not _fits(self._homes.get(name, tensor), [tensor]):
                 del self._homes[name]  # the module has another dtype or device now; the old place may go
             self.tensors[name] = tensor.detach() if value is None else self._beside(name, tensor, value)
-            self._seen[name] = (tensor, _state(tensor), adapters)
+            failed = path in made and made[path] is _UNMERGEABLE  # told at every look until it is gone
+            self._seen[name] = (tensor, _state(tensor), (_UNMERGEABLE, adapters[1]) if failed else adapters)
         return changed
 
     def forget_layers(self) -> None:
@@ -99,7 +103,7 @@ class Sources:
             return merged(tuner, self.scale)
         except ValueError as error:
             self.unmergeable = str(error)
-            return {}
+            return _UNMERGEABLE
 
     def _beside(self, name: str, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Where the program reads a parameter with adapters: the parameter itself goes on holding the base."""
