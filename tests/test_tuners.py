@@ -203,6 +203,16 @@ def test_the_watch_notices(change: str) -> None:
     assert state(module.conv, 1.0) != before
 
 
+def test_the_watch_notices_one_adapter_merged_in_anothers_place() -> None:
+    module = adapted(lora(["linear"]), "ink", "chalk")
+    (tuner,) = tuners(module)
+    tuner.merge(adapter_names=["ink"])
+    watch = TunersWatch(module)
+    tuner.unmerge()
+    tuner.merge(adapter_names=["chalk"])
+    assert not watch.unchanged()
+
+
 def test_a_scale_that_diffusers_took_back_is_no_change() -> None:
     module = adapted(lora(["linear"]))
     (tuner,) = tuners(module)

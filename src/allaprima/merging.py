@@ -267,7 +267,7 @@ def _write(
 ) -> None:
     """Merge into all components, or, where that fails (memory), into none."""
     holders = {component: merged(module) for component, module in parts.items()}
-    with _resting(pipe):
+    with resting(pipe):
         before = {component: holder.terms for component, holder in holders.items()}
         try:
             for component, holder in holders.items():
@@ -296,7 +296,7 @@ def _terms(
 
 
 @contextmanager
-def _resting(pipe: Any) -> Iterator[None]:
+def resting(pipe: Any) -> Iterator[None]:
     """Within this context no engine of the pipeline runs, and those whose weights carry no versions look again."""
     found = list(engines(pipe).values())
     with ExitStack() as held:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch import nn
 
 from .config import Config
 from .errors import CheckpointError, ConfigError
-from .merging import Loras, loras, reapply
+from .merging import Loras, loras, reapply, resting
 from .notices import quiet_import
-from .pipelines import engines, optimize, restore, share, state
+from .pipelines import optimize, restore, share, state
 from .tuners import layers_in_force
 from .weights.checkpoints import new_pipeline, open_checkpoint, with_parts
 from .weights.contents import Checkpoint, build
@@ -100,25 +99,13 @@ def _settings(scheduler: Any) -> dict[str, Any]:
 
 
 def _write(pipe: Any, writes: list[Write], others: Mapping[str, Any]) -> Any:
-    with _resting(pipe):
+    with resting(pipe):
         write(writes)
         for one in _sharing(pipe):
             one.register_modules(**{name: part for name, part in others.items() if name in one.components})
         if loras(pipe):
             reapply(pipe)
     return pipe
-
-
-@contextmanager
-def _resting(pipe: Any) -> Iterator[None]:
-    """Within this context no engine of the pipeline runs, and those whose weights carry no versions look again."""
-    with ExitStack() as held:
-        for engine in engines(pipe).values():
-            held.enter_context(engine._lock)
-        yield
-        for engine in engines(pipe).values():
-            if any(parameter.is_inference() for parameter in engine.module.parameters()):
-                engine.rebind()
 
 
 def _sharing(pipe: Any) -> list[Any]:

@@ -90,7 +90,8 @@ class TunersWatch:
         switches, scales = [], []
         for tuner in self._tuners:
             held = tuner.__dict__
-            switches.append((*active(tuner), len(held.get("merged_adapters", ())), held.get("_disable_adapters")))
+            merged_names = tuple(held.get("merged_adapters", ()))
+            switches.append((active(tuner), merged_names, held.get("_disable_adapters")))
             scales.extend(held.get("scaling", {}).values())
         return switches, _rounded(scales)
 
